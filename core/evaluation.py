@@ -1,0 +1,256 @@
+"""Perplexity of many layer masks: skip dropped blocks, compute every shared prefix once.
+
+Two masks that agree on their first l layers have the same hidden state after layer l. Masks are
+sorted so that common prefixes are neighbours, and walked level by level as a prefix tree: one block
+execution per distinct (prefix, kept layer), none for a dropped layer. Work comes in *steps* of a
+fixed shape (`group` states at once, the last step padded), so that a mask's value does not depend
+on which other masks it was evaluated with.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from core.blocks import BlockCall, hidden_of, shell_of
+from core.errors import LayerShapError
+from core.masks import Masks
+from core.models import LayeredModel
+
+# Tokens per block execution that keep the device's matrix units busy.
+STEP_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
+# Masks walked together, as a multiple of the group: enough that padding costs little.
+CHUNK_GROUPS = 64
+# Tokens whose logits are held at once; more only costs memory.
+HEAD_TOKENS = {"cpu": 128, "mps": 1024, "cuda": 4096}
+# Bytes of float32 logits at once: on a CPU few enough to stay in its cache.
+SOFTMAX_BYTES = {"cpu": 4 << 20, "mps": 256 << 20, "cuda": 1 << 30}
+# Share of the free memory left to everything else.
+MEMORY_RESERVE = 0.4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an evaluation is cut up: rows of text, masks and states at once."""
+
+    rows: int
+    group: int
+    chunk: int
+    head_rows: int
+    memory_budget: int
+
+
+class Evaluator:
+    """Mean negative log-likelihood of layer masks on one set of token blocks.
+
+    Args:
+        model: the language model.
+        tokens: LongTensor [blocks, length]; every block predicts its tokens 1 … length - 1.
+        memory_budget: bytes that hidden states may take; by default what is free, less a reserve.
+        group: masks' states per block execution; by default what the device needs to be busy.
+
+    Safe to use from several threads at once.
+    """
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        tokens: Tensor,
+        *,
+        memory_budget: int | None = None,
+        group: int | None = None,
+    ) -> None:
+        self.model = model
+        self.tokens = tokens.to(model.device)
+        self._shell, self._stand_ins = shell_of(model.module, model.stack)
+        self.plan = _plan(model, self.tokens, memory_budget, group)
+        self._recordings: dict[tuple[int, int], tuple[Tensor, list[BlockCall]]] = {}
+        self._recording = threading.Lock()
+        self.layer_executions = 0
+        """Block executions so far, in units of one mask's whole text."""
+
+    def losses(self, masks: Masks) -> Iterator[tuple[int, float]]:
+        """Evaluate masks, bool [m, n]; yield (row of `masks`, mean NLL in nats) as they finish.
+
+        A non-finite loss is yielded as `inf`.
+
+        Raises:
+            LayerShapError: one mask does not fit in the device's memory.
+        """
+        order = np.lexsort(masks.T[::-1])[::-1]
+        pending = order
+        while len(pending):
+            done = 0
+            try:
+                for row, loss in self._walk(masks, pending):
+                    done += 1
+                    yield row, loss
+            except torch.OutOfMemoryError as error:
+                self._shrink(error)
+            pending = pending[done:]
+
+    def _walk(self, masks: Masks, order: NDArray[np.intp]) -> Iterator[tuple[int, float]]:
+        totals = np.zeros(len(order))
+        for start in range(0, len(self.tokens), self.plan.rows):
+            last_shard = start + self.plan.rows >= len(self.tokens)
+            walk = _PrefixWalk(self, start)
+            for first in range(0, len(order), self.plan.chunk):
+                part = order[first : first + self.plan.chunk]
+                states = walk.advance(masks[part])
+                for offset, row in enumerate(part):
+                    totals[first + offset] += self._summed_loss(states[offset], start)
+                    if last_shard:
+                        yield int(row), self._mean(totals[first + offset])
+
+    def _mean(self, total: float) -> float:
+        loss = total / (self.tokens.shape[0] * (self.tokens.shape[1] - 1))
+        return float(loss) if np.isfinite(loss) else float("inf")
+
+    @torch.inference_mode()
+    def _summed_loss(self, state: Tensor, start: int) -> float:
+        """Summed NLL of a final hidden state [rows, length, hidden], float64 over tokens."""
+        rows = self.tokens[start : start + len(state)]
+        total = torch.zeros((), dtype=torch.float64, device=rows.device)
+        for first in range(0, len(state), self.plan.head_rows):
+            text = rows[first : first + self.plan.head_rows]
+            with self._stand_ins.injecting(state[first : first + self.plan.head_rows]):
+                logits = self._shell(input_ids=text, use_cache=False).logits
+            total += _summed_cross_entropy(logits[:, :-1], text[:, 1:]).to(total.device)
+        return float(total)
+
+    @torch.inference_mode()
+    def recording(self, start: int, copies: int) -> tuple[Tensor, list[BlockCall]]:
+        """The embedded text, rows from `start`, and each block's call, `copies` times over."""
+        with self._recording:
+            if (start, copies) not in self._recordings:
+                text = self.tokens[start : start + self.plan.rows].repeat(copies, 1)
+                self._recordings[start, copies] = self._stand_ins.record(
+                    lambda: self._shell(input_ids=text, use_cache=False, **_no_logits(self._shell))
+                )
+            return self._recordings[start, copies]
+
+    @torch.inference_mode()
+    def run_block(self, layer: int, states: list[Tensor], start: int) -> list[Tensor]:
+        """Run one block on states [rows, length, hidden], `group` of them at a time."""
+        results: list[Tensor] = []
+        group = self.plan.group
+        call = self.recording(start, group)[1][layer]
+        for first in range(0, len(states), group):
+            step = states[first : first + group]
+            padded = step + [step[-1]] * (group - len(step))
+            batch = padded[0] if group == 1 else torch.cat(padded)
+            output = hidden_of(self.model.blocks[layer](batch, *call.args, **call.kwargs))
+            results += [output] if group == 1 else output.chunk(group)[: len(step)]
+        share = len(states[0]) / len(self.tokens) if states else 0.0
+        self.layer_executions += len(states) * share
+        return results
+
+    def _shrink(self, error: Exception) -> None:
+        plan = self.plan
+        if plan.group == plan.chunk == plan.rows == plan.head_rows == 1:
+            raise LayerShapError(
+                "Even one block of text does not fit in the device's memory beside this model; "
+                "use shorter blocks, a smaller dtype, or the CPU."
+            ) from error
+        self._recordings.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.plan = Plan(
+            rows=plan.rows if plan.chunk > 1 else max(1, plan.rows // 2),
+            group=max(1, plan.group // 2),
+            chunk=max(1, plan.chunk // 2),
+            head_rows=max(1, plan.head_rows // 2),
+            memory_budget=plan.memory_budget,
+        )
+
+
+def _summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum in float64 of each token's NLL; logits [rows, tokens, vocabulary] in any dtype."""
+    flat = logits.flatten(0, 1)
+    wanted = targets.flatten().to(flat.device)
+    step = max(1, SOFTMAX_BYTES.get(flat.device.type, 256 << 20) // (4 * flat.shape[1]))
+    total = torch.zeros((), dtype=torch.float64, device=flat.device)
+    for first in range(0, len(flat), step):
+        part = slice(first, first + step)
+        per_token = F.cross_entropy(flat[part].float(), wanted[part], reduction="none")
+        total += per_token.sum(dtype=torch.float64)
+    return total
+
+
+class _PrefixWalk:
+    """Walks sorted masks through the prefix tree, keeping the last mask's path of states."""
+
+    def __init__(self, evaluator: Evaluator, start: int) -> None:
+        self._evaluator = evaluator
+        self._start = start
+        self._last: NDArray[np.bool_] | None = None
+        self._path: list[Tensor] = []
+
+    def advance(self, masks: Masks) -> list[Tensor]:
+        """The final hidden state of each mask, bool [c, n], which sort after all before them."""
+        evaluator, start = self._evaluator, self._start
+        n = masks.shape[1]
+        shared = 0 if self._last is None else _common_prefix(self._last, masks[0])
+        root = self._path[0] if self._path else evaluator.recording(start, 1)[0]
+        states = [root]
+        node = np.zeros(len(masks), dtype=np.intp)
+        path = [root]
+        for layer in range(n):
+            keys, first, child = np.unique(
+                node * 2 + ~masks[:, layer], return_index=True, return_inverse=True
+            )
+            parents = [states[key // 2] for key in keys]
+            # Sorted masks: only the first mask's node can lie on the path walked before.
+            known = child[0] if layer < shared else -1
+            to_run = [c for c in range(len(keys)) if masks[first[c], layer] and c != known]
+            outputs = evaluator.run_block(layer, [parents[c] for c in to_run], start)
+            states = parents
+            for c, output in zip(to_run, outputs, strict=True):
+                states[c] = output
+            if known >= 0:
+                states[known] = self._path[layer + 1]
+            node = child
+            path.append(states[node[-1]])
+        self._last, self._path = masks[-1], path
+        return [states[c] for c in node]
+
+
+def _common_prefix(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> int:
+    different = np.flatnonzero(a != b)
+    return int(different[0]) if len(different) else len(a)
+
+
+def _plan(model: LayeredModel, tokens: Tensor, budget: int | None, group: int | None) -> Plan:
+    blocks, length = tokens.shape
+    kind = model.device.type
+    weight = next(model.module.parameters())
+    row_bytes = length * model.info.hidden_size * weight.element_size()
+    budget = budget or int(_free_memory(model.device) * (1 - MEMORY_RESERVE))
+    # Worst case for one mask alone: a distinct state after every layer, and one step in flight.
+    rows = max(1, min(blocks, budget // (row_bytes * (model.n_layers + 4))))
+    group = group or max(1, STEP_TOKENS.get(kind, 4096) // (rows * length))
+    capacity = budget // (row_bytes * rows) - model.n_layers - 4 * group
+    chunk = 1 if group == 1 else max(1, min(CHUNK_GROUPS * group, capacity // 2))
+    head_rows = max(1, min(rows, HEAD_TOKENS.get(kind, 1024) // length))
+    return Plan(rows, min(group, chunk), chunk, head_rows, budget)
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _no_logits(shell: torch.nn.Module) -> dict[str, int]:
+    """Ask for one position's logits where the model can: a recording needs none."""
+    parameters = inspect.signature(shell.forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}

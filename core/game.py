@@ -1,0 +1,166 @@
+"""The cooperative game: decoder blocks are the players, model quality is the utility.
+
+v(m) = PPL(full) / PPL(m) on one set of token blocks, with
+PPL = exp(mean negative log-likelihood per predicted token) (arXiv 2602.07804, section 3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from core.cache import EvaluationCache, default_cache
+from core.errors import LayerShapError
+from core.evaluation import Evaluator
+from core.masks import Masks, mask_key
+from core.models import LayeredModel
+
+# Part of every cache key: raise it when the same mask would come out differently.
+EVALUATION_VERSION = 1
+
+Losses = NDArray[np.float64]
+
+
+class Game(Protocol):
+    """What estimation needs of a game: players and, per coalition, a loss in nats."""
+
+    n_layers: int
+
+    def measure(self, masks: Masks) -> Iterator[tuple[int, float]]:
+        """Yield (row of `masks`, loss in nats) in whatever order they come; `inf` if not finite."""
+        ...
+
+
+class LayerGame:
+    """The layer game of a model on token blocks, every evaluation cached on disk.
+
+    Args:
+        model: the language model.
+        tokens: LongTensor [blocks, length] of token ids.
+        cache: where evaluations are kept; by default the user's cache folder.
+
+    Raises:
+        LayerShapError: the tokens do not fit the model.
+    """
+
+    def __init__(
+        self, model: LayeredModel, tokens: Tensor, cache: EvaluationCache | None = None
+    ) -> None:
+        _check_tokens(model, tokens)
+        self.model = model
+        self.tokens = tokens
+        self.n_layers = model.n_layers
+        self.cache = cache if cache is not None else default_cache()
+        self.evaluator = Evaluator(model, tokens)
+        self._prefix = "/".join(
+            (
+                f"v{EVALUATION_VERSION}",
+                model.info.fingerprint,
+                text_fingerprint(tokens),
+                model.info.dtype,
+                model.device.type,
+                "",
+            )
+        )
+
+    @property
+    def full_loss(self) -> float:
+        """Mean NLL of the unpruned model, nats per predicted token."""
+        return float(self.losses(np.ones((1, self.n_layers), dtype=bool))[0])
+
+    def measure(self, masks: ArrayLike) -> Iterator[tuple[int, float]]:
+        """Yield (row of `masks`, mean NLL in nats) as they become known, cached ones first.
+
+        Each loss is on disk before it is yielded, so ending the iteration early loses nothing.
+
+        Raises:
+            LayerShapError: masks of the wrong shape.
+        """
+        rows = check_masks(masks, self.n_layers)
+        distinct, inverse = np.unique(rows, axis=0, return_inverse=True)
+        keys = [self._prefix + mask_key(mask) for mask in distinct]
+        copies = [np.flatnonzero(inverse == row) for row in range(len(distinct))]
+        missing = []
+        for row, loss in enumerate(self.cache.get(keys)):
+            if loss is None:
+                missing.append(row)
+            else:
+                yield from ((int(copy), loss) for copy in copies[row])
+        if not missing:
+            return
+        for offset, loss in self.evaluator.losses(distinct[missing]):
+            row = missing[offset]
+            self.cache.put(keys[row], loss)
+            yield from ((int(copy), loss) for copy in copies[row])
+
+    def losses(self, masks: ArrayLike) -> Losses:
+        """Mean NLL per predicted token, bool [m, n_layers] -> float64 [m] nats; `inf` if not
+        finite.
+
+        Raises:
+            LayerShapError: masks of the wrong shape.
+        """
+        rows = check_masks(masks, self.n_layers)
+        losses = np.empty(len(rows))
+        for row, loss in self.measure(rows):
+            losses[row] = loss
+        return losses
+
+    def perplexity(self, masks: ArrayLike) -> Losses:
+        """Perplexity of each mask, bool [m, n_layers] -> float64 [m]; `inf` if not finite."""
+        return np.exp(self.losses(masks))
+
+    def value(self, masks: ArrayLike) -> Losses:
+        """Utility PPL(full) / PPL(mask) of each mask, bool [m, n_layers] -> float64 [m].
+
+        A mask whose loss is not finite has utility 0.
+        """
+        return np.exp(self.full_loss - self.losses(masks))
+
+
+def check_masks(masks: ArrayLike, n: int) -> Masks:
+    """Masks as bool [m, n]; a single mask [n] becomes one row.
+
+    Raises:
+        LayerShapError: another shape or values other than 0 and 1.
+    """
+    rows = np.atleast_2d(np.asarray(masks))
+    if rows.dtype != bool and not np.isin(rows, (0, 1)).all():
+        raise LayerShapError("A mask holds True (kept) or False (dropped) for each layer.")
+    if rows.ndim != 2 or rows.shape[1] != n:
+        raise LayerShapError(
+            f"Masks have shape {rows.shape}; they must be [m, {n}], one column per layer."
+        )
+    return rows.astype(bool)
+
+
+def text_fingerprint(tokens: Tensor) -> str:
+    """A hash of the token ids and their shape, 32 hex digits."""
+    shape = str(tuple(tokens.shape)).encode()
+    content = tokens.cpu().long().contiguous().numpy().tobytes()
+    return hashlib.blake2b(shape + content, digest_size=16).hexdigest()
+
+
+def _check_tokens(model: LayeredModel, tokens: Tensor) -> None:
+    if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise LayerShapError(
+            f"The token blocks have shape {tuple(tokens.shape)}; they must be [blocks, length] "
+            "with at least one block of two tokens."
+        )
+    length, context = tokens.shape[1], model.info.context_length
+    if context is not None and length > context:
+        raise LayerShapError(
+            f"Blocks of {length} tokens are longer than this model's context of {context} tokens; "
+            "choose a smaller block length."
+        )
+    vocabulary = model.module.get_input_embeddings().weight.shape[0]
+    if int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
+        raise LayerShapError(
+            f"The text holds token ids outside this model's vocabulary of {vocabulary}; "
+            "tokenise it with the model's own tokenizer."
+        )

@@ -1,0 +1,356 @@
+"""Find, load and describe a causal language model.
+
+A model comes from the bundled weights, the Hugging Face Hub, a local folder or a local GGUF file.
+Only safetensors and GGUF are read, and no code from a model's repository is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from core.blocks import BlockStack, find_blocks
+from core.bundled import bundled_folder, gguf_folder
+from core.errors import LayerShapError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Progress = Callable[[str, float | None], None]
+
+BUNDLED = "bundled"
+BUNDLED_NAME = "SmolLM2-135M-Instruct (bundled)"
+DEVICES = ("auto", "cuda", "mps", "cpu")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Of one GPU's free memory, what activations and masks in flight may need besides the weights.
+GPU_RESERVE = 0.2
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a loaded model is; `fingerprint` identifies its weights and configuration."""
+
+    name: str
+    source: str
+    revision: str | None
+    architecture: str
+    n_layers: int
+    hidden_size: int
+    parameters: int
+    block_parameters: tuple[int, ...]
+    dtype: str
+    device: str
+    fingerprint: str
+    context_length: int | None
+
+
+@dataclass(frozen=True)
+class LayeredModel:
+    """A causal LM, its tokenizer and its decoder blocks in order."""
+
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    stack: BlockStack
+    info: ModelInfo
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        return self.stack.blocks
+
+    @property
+    def blocks_path(self) -> str:
+        return self.stack.path
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.stack.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self.module.get_input_embeddings().weight.device
+
+
+def load_model(
+    source: str = BUNDLED,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> LayeredModel:
+    """Load a causal LM for analysis.
+
+    Args:
+        source: "bundled", a Hugging Face Hub id, a local folder, or a local `.gguf` file.
+        revision: branch, tag or commit of a Hub id.
+        device: "auto" takes CUDA, then MPS, then the CPU.
+        dtype: "auto" takes bfloat16 where the hardware has it natively.
+        progress: told what is happening, with the fraction done where it is known.
+
+    Raises:
+        LayerShapError: the model cannot be found, read, or analysed.
+    """
+    _one_of("device", device, DEVICES)
+    _one_of("dtype", dtype, DTYPES)
+    report = progress or (lambda stage, fraction: None)
+    source = source.strip()
+    folder, name = _locate(source, revision, report)
+    report("Loading the model", None)
+    target = resolve_device(device)
+    kind = resolve_dtype(dtype, target)
+    module, tokenizer = _read(folder, name, target, kind)
+    report("Finding the layers", None)
+    model = describe(module, tokenizer, name=name, source=source, revision=revision)
+    report("Ready", 1.0)
+    return model
+
+
+def describe(
+    module: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    name: str = "",
+    source: str = "",
+    revision: str | None = None,
+) -> LayeredModel:
+    """Wrap a causal LM that is already in memory.
+
+    Raises:
+        LayerShapError: its decoder blocks cannot be located.
+    """
+    module.eval()
+    _disable_rescaling(module)
+    stack = find_blocks(module)
+    config = module.config.get_text_config()
+    first = next(module.parameters())
+    info = ModelInfo(
+        name=name or type(module).__name__,
+        source=source,
+        revision=revision,
+        architecture=type(module).__name__,
+        n_layers=len(stack.blocks),
+        hidden_size=module.get_input_embeddings().weight.shape[1],
+        parameters=sum(p.numel() for p in module.parameters()),
+        block_parameters=tuple(sum(p.numel() for p in b.parameters()) for b in stack.blocks),
+        dtype=str(first.dtype).removeprefix("torch."),
+        device=_device_name(module, first),
+        fingerprint=fingerprint(module),
+        context_length=getattr(config, "max_position_embeddings", None),
+    )
+    return LayeredModel(module, tokenizer, stack, info)
+
+
+def fingerprint(module: PreTrainedModel) -> str:
+    """A hash of every weight's bytes and of the configuration, 32 hex digits.
+
+    Two models that could give different numbers differ in it, whatever they are called.
+    """
+    config = {
+        key: value
+        for key, value in module.config.to_dict().items()
+        if key not in ("_name_or_path", "transformers_version")
+    }
+    named = [*module.named_parameters(), *module.named_buffers()]
+    if any(tensor.is_meta for _, tensor in named):
+        raise LayerShapError(
+            "The model does not fit in the memory of this machine's devices; choose a smaller "
+            "model or a smaller dtype."
+        )
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(lambda item: _digest(*item), named))
+    whole = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode())
+    for digest in digests:
+        whole.update(digest)
+    return whole.hexdigest()[:32]
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """The device that `device` stands for on this machine.
+
+    Raises:
+        LayerShapError: a device was asked for that this machine does not have.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise LayerShapError("This machine has no CUDA GPU that PyTorch can use; choose auto.")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise LayerShapError("This machine has no Apple GPU that PyTorch can use; choose auto.")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype that `dtype` stands for on `device`: bfloat16 only where it is native."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "mps":
+        return torch.float32
+    return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            flags = next(line for line in lines if line.startswith(("flags", "Features"))).split()
+    except (OSError, StopIteration):
+        return False
+    if platform.machine() in ("aarch64", "arm64"):
+        return "bf16" in flags
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _locate(source: str, revision: str | None, report: Progress) -> tuple[Path, str]:
+    """The local folder of a source's weights, fetched if need be, and its display name."""
+    if source == BUNDLED:
+        return bundled_folder(report), BUNDLED_NAME
+    path = Path(source).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise LayerShapError(f"There is no GGUF file at {source}; check the path.")
+        return gguf_folder(path, report), path.name
+    if path.is_dir():
+        return path, path.resolve().name
+    if not _HUB_ID.fullmatch(source):
+        raise LayerShapError(
+            f"There is no folder at {source!r}, and it is not a Hugging Face id such as "
+            "HuggingFaceTB/SmolLM2-135M; check the spelling."
+        )
+    return _from_hub(source, revision, report), source
+
+
+def _from_hub(repo: str, revision: str | None, report: Progress) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    report(f"Fetching {repo} from the Hugging Face Hub", None)
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(HUB_FILES)))
+    except GatedRepoError as error:
+        raise LayerShapError(
+            f"{repo} is gated: accept its terms on the Hub and log in with `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise LayerShapError(f"{repo} has no revision {revision!r} on the Hub.") from error
+    except RepositoryNotFoundError as error:
+        raise LayerShapError(
+            f"There is no model {repo!r} on the Hugging Face Hub, nor a folder of that name here; "
+            "check the spelling (private models need `hf auth login`)."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise LayerShapError(
+            f"{repo}{at} could not be fetched: the Hugging Face Hub cannot be reached and no local "
+            "copy exists; check the connection, or use the bundled model or a local folder."
+        ) from error
+
+
+def _read(
+    folder: Path, name: str, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if not (folder / "config.json").is_file():
+        raise LayerShapError(f"{name} has no config.json, so it is not a transformers model.")
+    weights = list(folder.glob("*.safetensors"))
+    if not weights:
+        raise LayerShapError(
+            f"{name} has no .safetensors weights; other formats are not read because they can "
+            "carry code. Convert it with save_pretrained first."
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise LayerShapError(
+            f"The configuration of {name} cannot be read: this transformers version does not know "
+            "its architecture, or it needs code from its own repository, which is never run."
+        ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(
+        config, "is_encoder_decoder", False
+    ):
+        raise LayerShapError(
+            f"{name} is a {config.model_type} model, not a causal language model; choose a "
+            "decoder-only model such as Llama, Qwen or Mistral."
+        )
+    size = sum(file.stat().st_size for file in weights)
+    try:
+        module = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            device_map="auto" if _needs_several_gpus(size, device) else {"": device},
+        )
+    except Exception as error:
+        raise LayerShapError(
+            f"The weights of {name} cannot be loaded ({_first_line(error)}); the files may be "
+            "incomplete: fetch or save the model again."
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise LayerShapError(
+            f"{name} has no readable tokenizer ({_first_line(error)}); put the tokenizer's files "
+            "beside the weights."
+        ) from error
+    return module, tokenizer
+
+
+def _needs_several_gpus(weight_bytes: int, device: torch.device) -> bool:
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        return False
+    free, _ = torch.cuda.mem_get_info()
+    return weight_bytes > free * (1 - GPU_RESERVE)
+
+
+def _disable_rescaling(module: nn.Module) -> None:
+    """RWKV halves the stream between blocks against float16 overflow; here blocks are replayed
+    one by one, and the unscaled stream is the same function."""
+    scaled = any(getattr(part, "layers_are_rescaled", False) for part in module.modules())
+    if getattr(module.config, "rescale_every", 0) and not scaled:
+        module.config.rescale_every = 0
+
+
+def _digest(name: str, tensor: Tensor) -> bytes:
+    header = f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode()
+    content = tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
+    return hashlib.blake2b(content, key=hashlib.sha256(header).digest()).digest()
+
+
+def _device_name(module: nn.Module, first: Tensor) -> str:
+    devices = {p.device for p in module.parameters()}
+    return str(first.device) if len(devices) == 1 else f"{len(devices)} devices"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _one_of(parameter: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise LayerShapError(f"{parameter} is {value!r}; it must be one of {', '.join(allowed)}.")

@@ -1,0 +1,133 @@
+"""Masked evaluation against models whose layers were really deleted."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from core.evaluation import Evaluator
+from core.game import LayerGame
+from core.masks import all_masks, default_strata, sample_masks
+from core.models import describe
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+    )
+    module = LlamaForCausalLM(config)
+    for parameter in module.parameters():
+        parameter.data.mul_(4)
+    return describe(module)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(0, 128, (3, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def truth(model, tokens):
+    """Mean NLL of every mask, by deleting layers and letting the model compute its own loss."""
+    module, blocks = model.module, list(model.module.model.layers)
+    losses = []
+    for mask in all_masks(6):
+        module.model.layers = nn.ModuleList(b for b, kept in zip(blocks, mask, strict=True) if kept)
+        module.config.num_hidden_layers = int(mask.sum())
+        with torch.no_grad():
+            losses.append(float(module(tokens, labels=tokens, use_cache=False).loss))
+    module.model.layers = nn.ModuleList(blocks)
+    module.config.num_hidden_layers = len(blocks)
+    return np.array(losses)
+
+
+def evaluate(evaluator, masks):
+    losses = np.full(len(masks), np.nan)
+    for row, loss in evaluator.losses(masks):
+        losses[row] = loss
+    return losses
+
+
+@pytest.mark.parametrize("group", [1, 2, 5, 64])
+def test_skipping_equals_deleting_whatever_the_grouping(model, tokens, truth, group):
+    losses = evaluate(Evaluator(model, tokens, group=group), all_masks(6))
+    np.testing.assert_allclose(losses, truth, rtol=1e-5)
+
+
+def test_a_small_memory_budget_splits_the_text_and_changes_nothing(model, tokens, truth):
+    row_bytes = 16 * 32 * 4
+    evaluator = Evaluator(model, tokens, memory_budget=row_bytes * 10)
+    assert evaluator.plan.rows == 1
+    np.testing.assert_allclose(evaluate(evaluator, all_masks(6)), truth, rtol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_every_shared_prefix_is_computed_once(model, tokens, group):
+    masks = sample_masks(6, (5, 4, 3), 30, seed=0)
+    distinct = {tuple(mask[: layer + 1]) for mask in masks for layer in range(6) if mask[layer]}
+    evaluator = Evaluator(model, tokens, group=group)
+    evaluate(evaluator, masks)
+    assert evaluator.layer_executions == len(distinct)
+
+
+def test_prefixes_are_shared_across_chunks(model, tokens, truth):
+    evaluator = Evaluator(model, tokens, group=2)
+    object.__setattr__(evaluator.plan, "chunk", 3)
+    np.testing.assert_allclose(evaluate(evaluator, all_masks(6)), truth, rtol=1e-5)
+    assert evaluator.layer_executions == 2**6 - 1
+
+
+def test_a_mask_has_the_same_value_in_any_company(model, tokens):
+    masks = sample_masks(6, (5, 4, 3), 30, seed=0)
+    together = evaluate(Evaluator(model, tokens), masks)
+    shuffled = np.random.default_rng(0).permutation(len(masks))
+    apart = evaluate(Evaluator(model, tokens), masks[shuffled])
+    alone = evaluate(Evaluator(model, tokens), masks[7:8])
+    assert (together[shuffled] == apart).all()
+    assert together[7] == alone[0]
+
+
+def test_out_of_memory_halves_the_work_and_goes_on(model, tokens, truth, monkeypatch):
+    evaluator = Evaluator(model, tokens, group=8)
+    real, failures = evaluator.run_block, iter([True, True])
+
+    def scarce(layer, states, start):
+        if evaluator.plan.group > 2 and next(failures):
+            raise torch.OutOfMemoryError("out of memory")
+        return real(layer, states, start)
+
+    monkeypatch.setattr(evaluator, "run_block", scarce)
+    np.testing.assert_allclose(evaluate(evaluator, all_masks(6)), truth, rtol=1e-5)
+    assert evaluator.plan.group == 2
+
+
+def test_the_model_is_left_as_it_was(model, tokens):
+    before = list(model.module.model.layers)
+    evaluate(Evaluator(model, tokens), sample_masks(6, default_strata(6), 5, seed=0))
+    assert list(model.module.model.layers) == before
+    assert not model.module._forward_hooks
+
+
+def test_a_loss_that_is_not_finite_is_infinite_and_worth_nothing(model, tokens, tmp_path):
+    from copy import deepcopy
+
+    from core.cache import EvaluationCache
+
+    module = deepcopy(model.module)
+    module.model.layers[2].mlp.down_proj.weight.data.fill_(float("nan"))
+    broken = describe(module)
+    masks = all_masks(6)[[0b111011, 0b000100]]
+    losses = evaluate(Evaluator(broken, tokens), masks)
+    assert np.isfinite(losses[0])
+    assert losses[1] == np.inf
+    game = LayerGame(broken, tokens, EvaluationCache(tmp_path))
+    assert (game.losses(masks) == losses).all()
+    assert (LayerGame(broken, tokens, EvaluationCache(tmp_path)).losses(masks) == losses).all()
