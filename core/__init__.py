@@ -4,3 +4,24 @@ Layers are players of a cooperative game whose utility is model quality on calib
 engine measures coalitions, learns to predict the rest, and estimates contributions and
 interactions; it knows nothing of the dashboard that shows them.
 """
+
+from core.analysis import Analysis, AnalysisSettings, analyze, run
+from core.cache import EvaluationCache
+from core.errors import LayerShapError
+from core.game import LayerGame
+from core.models import load_model
+from core.study import Study
+from core.text import load_text
+
+__all__ = [
+    "Analysis",
+    "AnalysisSettings",
+    "EvaluationCache",
+    "LayerGame",
+    "LayerShapError",
+    "Study",
+    "analyze",
+    "load_model",
+    "load_text",
+    "run",
+]

@@ -129,10 +129,10 @@ class Analysis:
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Predicted calibration perplexity of masks bool [m, n]: (estimate, low, high), each [m].
 
-        About 90 % of unseen masks of the sampled strata fall between low and high.
+        About 90 % of unseen masks with a similar prediction fell between low and high.
         """
-        loss = self.full_loss + self.surrogate.predict(check_masks(masks, self.n_layers))
-        half = self.surrogate.interval_halfwidth
+        excess = self.surrogate.predict(check_masks(masks, self.n_layers))
+        loss, half = self.full_loss + excess, self.surrogate.halfwidth(excess)
         return np.exp(loss), np.exp(loss - half), np.exp(loss + half)
 
     def separated_pairs(self) -> float:

@@ -1,0 +1,43 @@
+"""Shared fixtures: the bundled model, tiny random-weight models, and caches of their own."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def bundled_model():
+    """The real 30-layer model, fetched on first use into the user's cache."""
+    from core.models import load_model
+
+    return load_model("bundled")
+
+
+@pytest.fixture
+def isolated_cache(tmp_path, monkeypatch):
+    """An empty cache folder of the test's own."""
+    monkeypatch.setenv("LAYERSHAP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def tiny_llama():
+    """A factory of small random-weight Llama models: `tiny_llama(layers=4, seed=0, **config)`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(layers=4, seed=0, **changes):
+        torch.manual_seed(seed)
+        settings = {
+            "vocab_size": 128,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+            **changes,
+        }
+        module = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+        for parameter in module.parameters():
+            parameter.data.mul_(4)
+        return module
+
+    return make

@@ -1,0 +1,167 @@
+import json
+
+import pytest
+import torch
+
+from core.errors import LayerShapError
+from core.text import load_text
+
+
+class Words:
+    """A tokenizer of one token per word; its ids say where in the text a token came from."""
+
+    bos_token_id = None
+
+    def __init__(self):
+        self.ids = {}
+
+    def __call__(self, text, **_):
+        return {"input_ids": [self.ids.setdefault(word, len(self.ids)) for word in text.split()]}
+
+
+class WordsWithStart(Words):
+    bos_token_id = 999_999
+
+    def __call__(self, text, add_special_tokens=True, **_):
+        ids = super().__call__(text)["input_ids"]
+        return {"input_ids": [self.bos_token_id, *ids] if add_special_tokens else ids}
+
+
+def words(start, count):
+    return " ".join(f"w{number}" for number in range(start, start + count))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md"])
+def test_one_document_is_cut_in_two_and_the_sides_share_no_token(tmp_path, suffix):
+    file = tmp_path / f"book{suffix}"
+    file.write_text(words(0, 2000))
+    text = load_text(file, Words(), blocks=5, block_length=20, held_out_blocks=7)
+    assert text.calibration.shape == (5, 20)
+    assert text.held_out.shape == (7, 20)
+    assert text.calibration.dtype == torch.long
+    assert not set(text.calibration.flatten().tolist()) & set(text.held_out.flatten().tolist())
+    assert len(text.calibration.unique()) == 100
+
+
+def test_no_document_is_on_both_sides_and_blocks_spread_over_documents(tmp_path):
+    tokenizer = Words()
+    file = tmp_path / "documents.jsonl"
+    file.write_text(
+        "\n".join(json.dumps({"text": words(1000 * d, 100)}) for d in range(12)) + "\n\n"
+    )
+    text = load_text(file, tokenizer, blocks=6, block_length=16)
+    names = {i: int(word[1:]) // 1000 for word, i in tokenizer.ids.items() if word != "a"}
+    sides = [
+        [{names[t] for t in block} for block in side.tolist()]
+        for side in (text.calibration, text.held_out)
+    ]
+    assert all(len(documents) == 1 for side in sides for documents in side)
+    assert len(set.union(*sides[0])) == len(set.union(*sides[1])) == 6
+    assert not set.union(*sides[0]) & set.union(*sides[1])
+
+
+def test_the_seed_decides_the_split(tmp_path):
+    file = tmp_path / "documents.jsonl"
+    file.write_text("\n".join(json.dumps({"text": words(1000 * d, 100)}) for d in range(12)))
+    tokenizer = Words()
+    first, again, other = (
+        load_text(file, tokenizer, blocks=4, block_length=16, seed=s) for s in (1, 1, 2)
+    )
+    assert torch.equal(first.calibration, again.calibration)
+    assert torch.equal(first.held_out, again.held_out)
+    assert not torch.equal(first.calibration, other.calibration)
+
+
+def test_short_documents_are_joined_into_blocks(tmp_path):
+    file = tmp_path / "lines.jsonl"
+    file.write_text("\n".join(json.dumps({"text": words(10 * d, 10)}) for d in range(40)))
+    text = load_text(file, Words(), blocks=3, block_length=64)
+    assert len(text.calibration.unique()) == 3 * 64
+
+
+def test_a_start_token_begins_every_block_where_the_tokenizer_uses_one(tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text(words(0, 500))
+    text = load_text(file, WordsWithStart(), blocks=4, block_length=16)
+    assert (text.calibration[:, 0] == 999_999).all()
+    assert (text.calibration[:, 1:] != 999_999).all()
+
+
+def test_too_little_text_says_how_much_there_is_and_how_much_is_needed(tmp_path):
+    file = tmp_path / "short.txt"
+    file.write_text(words(0, 150))
+    with pytest.raises(
+        LayerShapError, match=r"\d+ tokens for calibration.* 1280 and 1280 are need"
+    ):
+        load_text(file, Words(), blocks=10, block_length=128)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b" \n ", "is empty"),
+        ("image.txt", b"\x89PNG\r\n\x1a\n\xff\xfe", "not UTF-8"),
+        ("zeros.md", b"abc\0\0\0def", "binary"),
+        ("page.html", b"<p>hello</p>", r"not a .txt, .md or .jsonl"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": 3}\n', "Line 2 of broken.jsonl"),
+        ("deep.jsonl", b"[" * 100_000, "Line 1 of deep.jsonl"),
+    ],
+)
+def test_files_that_are_no_text_are_one_sentence(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(LayerShapError, match=message):
+        load_text(tmp_path / name, Words())
+
+
+def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("core.text.MAX_FILE_BYTES", 10)
+    (tmp_path / "large.txt").write_text("more than ten characters")
+    with pytest.raises(LayerShapError, match="larger than"):
+        load_text(tmp_path / "large.txt", Words())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"blocks": 0}, "blocks is 0"),
+        ({"block_length": 1}, "block_length is 1"),
+        ({"held_out_blocks": 5}, "held_out_blocks is 5"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_name(arguments, message):
+    with pytest.raises(LayerShapError, match=message):
+        load_text("bundled", Words(), **arguments)
+
+
+def test_a_missing_file_and_a_missing_tokenizer_are_one_sentence():
+    with pytest.raises(LayerShapError, match="no file at /nowhere/book"):
+        load_text("/nowhere/book.txt", Words())
+    with pytest.raises(LayerShapError, match="tokenizer"):
+        load_text("bundled")
+    with pytest.raises(LayerShapError, match="neither a file nor a data set"):
+        load_text("../../etc/passwd!", Words())
+
+
+def test_speeches_are_spread_and_never_shared():
+    tokenizer = Words()
+    text = load_text("bundled", tokenizer, blocks=12, block_length=32)
+    assert text.calibration.shape == text.held_out.shape == (12, 32)
+    assert not torch.equal(text.calibration[0], text.held_out[0])
+
+
+def test_a_data_set_in_the_hubs_layout_is_read_without_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "wiki"
+    folder.mkdir()
+    for split, start in (("train", 0), ("test", 100_000)):
+        rows = [{"text": words(start + 10 * row, 10)} for row in range(50)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = Words()
+    text = load_text(folder, tokenizer, blocks=2, block_length=50)
+    from_test = {i for word, i in tokenizer.ids.items() if len(word) == 7}
+    assert set(text.calibration.flatten().tolist()) <= from_test
+    (folder / "train.jsonl").unlink()
+    (folder / "test.jsonl").write_text('{"question": "a"}')
+    with pytest.raises(LayerShapError, match="no text column"):
+        load_text(folder, Words())
