@@ -1,0 +1,17 @@
+"""Figures: pure functions from results to Plotly figures."""
+
+from ui.figures.comparisons import comparison_chart
+from ui.figures.contributions import contribution_bars, contribution_heatmap, surrogate_scatter
+from ui.figures.interactions import interaction_graph, interaction_heatmap, pair_utilities
+from ui.figures.style import empty_figure
+
+__all__ = [
+    "comparison_chart",
+    "contribution_bars",
+    "contribution_heatmap",
+    "empty_figure",
+    "interaction_graph",
+    "interaction_heatmap",
+    "pair_utilities",
+    "surrogate_scatter",
+]

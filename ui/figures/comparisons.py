@@ -1,0 +1,70 @@
+"""Every set of layers tried, by what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+
+from core.study import Comparison
+from ui.figures.style import ACCENT, CONTRAST, QUIET, base_figure
+
+HOW_TO_READ = (
+    "Lower is better: filled dots are measured on held-out text, hollow ones are what the surrogate "
+    "predicted for the calibration text, with the range of 90 % of unseen masks."
+)
+
+
+def comparison_chart(comparisons: Sequence[Comparison]) -> go.Figure:
+    """Perplexity, logarithmic, against the number of layers dropped."""
+    figure = base_figure(height=340, title_x="layers dropped", title_y="perplexity (log scale)")
+    counts = [len(c.dropped) for c in comparisons]
+    hover = [
+        f"dropped {', '.join(map(str, c.dropped)) or 'nothing'}<br>held-out "
+        f"{c.held_out_pruned:.4g} (full model {c.held_out_full:.4g})<br>calibration "
+        f"{c.calibration_pruned:.4g} (full model {c.calibration_full:.4g})"
+        for c in comparisons
+    ]
+    if comparisons:
+        figure.add_hline(
+            y=comparisons[-1].held_out_full,
+            line={"color": QUIET, "dash": "dot", "width": 1},
+            annotation_text="full model, held-out",
+            annotation_position="top left",
+        )
+    predicted = [
+        (k, c)
+        for k, c in zip(counts, comparisons, strict=True)
+        if c.predicted is not None and c.predicted_low is not None and c.predicted_high is not None
+    ]
+    figure.add_scatter(
+        name="predicted, calibration",
+        x=[k for k, _ in predicted],
+        y=[c.predicted for _, c in predicted],
+        mode="markers",
+        marker={"size": 9, "color": CONTRAST, "symbol": "circle-open", "line": {"width": 2}},
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": [c.predicted_high - c.predicted for _, c in predicted],
+            "arrayminus": [c.predicted - c.predicted_low for _, c in predicted],
+            "thickness": 1,
+            "color": CONTRAST,
+        },
+        hovertemplate="predicted %{y:.4s}<extra></extra>",
+    )
+    figure.add_scatter(
+        name="measured, held-out",
+        x=counts,
+        y=[c.held_out_pruned for c in comparisons],
+        mode="markers",
+        marker={"size": 10, "color": ACCENT},
+        text=hover,
+        hovertemplate="%{text}<extra></extra>",
+    )
+    figure.update_layout(
+        showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+    )
+    figure.update_xaxes(dtick=1, rangemode="tozero")
+    figure.update_yaxes(type="log", nticks=6)
+    return figure

@@ -1,0 +1,169 @@
+"""What each layer is worth, and how far the surrogate behind it can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal
+
+import numpy as np
+import plotly.graph_objects as go
+
+from core.analysis import Analysis
+from core.contributions import Contributions
+from ui.figures.style import (
+    ACCENT,
+    COLOUR_BAR,
+    QUIET,
+    SEQUENTIAL,
+    base_figure,
+    layer_ticks,
+    number,
+    root_scale,
+    signed_root,
+)
+
+BARS_HOW_TO_READ = (
+    "A longer bar means the model needs the layer more; layers whose whiskers (95 % intervals) "
+    "overlap cannot be ranked apart."
+)
+HEATMAP_HOW_TO_READ = (
+    "Each cell is what adding the layer is worth when that many other layers are kept: blue helps, "
+    "orange hurts. The colour scale is a square root, so small values stay visible."
+)
+SCATTER_HOW_TO_READ = (
+    "Every dot is a mask the surrogate was tested on without having seen it; dots on the line were "
+    "predicted exactly."
+)
+BAR_PIXELS = 17
+
+
+def contribution_bars(
+    contributions: Contributions,
+    *,
+    dropped: Collection[int] = (),
+    sort: Literal["rank", "depth"] = "rank",
+) -> go.Figure:
+    """Horizontal bars with 95 % whiskers, the most needed layer on top."""
+    values, intervals = contributions.values, contributions.intervals
+    n = len(values)
+    # Plotly's first category is at the bottom.
+    order = np.argsort(values, kind="stable") if sort == "rank" else np.arange(n)[::-1]
+    ranks = np.empty(n, dtype=int)
+    ranks[np.argsort(-values, kind="stable")] = np.arange(1, n + 1)
+    figure = base_figure(
+        height=70 + max(6, n) * BAR_PIXELS, title_x="contribution to utility (needed more →)"
+    )
+    gone = np.isin(order, list(dropped))
+    labels = [f"layer {layer}" for layer in order]
+    figure.add_bar(
+        x=values[order],
+        y=labels,
+        orientation="h",
+        marker={
+            "color": [QUIET if g else ACCENT for g in gone],
+            "opacity": [0.45 if g else 1.0 for g in gone],
+            "pattern": {"shape": ["/" if g else "" for g in gone], "size": 5},
+        },
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": (intervals[order, 1] - values[order]),
+            "arrayminus": (values[order] - intervals[order, 0]),
+            "color": QUIET,
+            "thickness": 1.2,
+            "width": 2,
+        },
+        customdata=[
+            _bar_hover(layer, values, intervals, ranks, layer in dropped) for layer in order
+        ],
+        hovertemplate="%{customdata}<extra></extra>",
+    )
+    figure.update_layout(bargap=0.3)
+    figure.update_yaxes(showgrid=False, tickfont={"size": 11}, dtick=1)
+    figure.update_xaxes(zeroline=True, zerolinecolor=QUIET, zerolinewidth=1)
+    return figure
+
+
+def contribution_heatmap(contributions: Contributions) -> go.Figure:
+    """Layer (depth order) by number of other layers kept; colour is the contribution there."""
+    n = len(contributions.values)
+    by_size = contributions.by_size.T
+    figure = base_figure(
+        height=300 if len(by_size) < 16 else min(620, 120 + 15 * len(by_size)),
+        title_x="layer, in depth order",
+        title_y="other layers kept",
+    )
+    hover = [
+        [
+            f"layer {layer}, with {size} others kept<br>contribution "
+            f"{number(contributions.by_size[layer, row])} ± "
+            f"{number(contributions.by_size_errors[layer, row])} (standard error)"
+            for layer in range(n)
+        ]
+        for row, size in enumerate(contributions.sizes)
+    ]
+    figure.add_heatmap(
+        x=list(range(n)),
+        y=contributions.sizes.tolist(),
+        z=signed_root(by_size),
+        customdata=hover,
+        hovertemplate="%{customdata}<extra></extra>",
+        xgap=1,
+        ygap=1,
+        **root_scale(by_size),
+    )
+    figure.update_xaxes(showgrid=False, tickvals=layer_ticks(n))
+    sizes = contributions.sizes
+    figure.update_yaxes(showgrid=False, tickvals=[int(sizes[i]) for i in layer_ticks(len(sizes))])
+    return figure
+
+
+def surrogate_scatter(analysis: Analysis) -> go.Figure:
+    """Predicted against measured perplexity of masks not seen in training, logarithmic axes."""
+    surrogate = analysis.surrogate
+    measured = np.exp(analysis.full_loss + surrogate.measured)
+    predicted = np.exp(analysis.full_loss + surrogate.out_of_fold)
+    kept = analysis.masks.sum(axis=1)
+    figure = base_figure(
+        height=360, title_x="measured perplexity", title_y="predicted perplexity, mask unseen"
+    )
+    ends = [
+        float(min(measured.min(), predicted.min())),
+        float(max(measured.max(), predicted.max())),
+    ]
+    figure.add_scatter(
+        x=ends, y=ends, mode="lines", line={"color": QUIET, "width": 1}, hoverinfo="skip"
+    )
+    figure.add_scatter(
+        x=measured,
+        y=predicted,
+        mode="markers",
+        marker={
+            "size": 6,
+            "color": kept,
+            "colorscale": SEQUENTIAL,
+            "opacity": 0.8,
+            "colorbar": {**COLOUR_BAR, "title": {"text": "layers kept", "side": "right"}},
+            "line": {"width": 0},
+        },
+        customdata=np.stack([measured, predicted, kept], axis=1),
+        hovertemplate=(
+            "%{customdata[2]} layers kept<br>measured %{customdata[0]:,.3s}"
+            "<br>predicted %{customdata[1]:,.3s}<extra></extra>"
+        ),
+    )
+    figure.update_xaxes(type="log", exponentformat="power", dtick=1)
+    figure.update_yaxes(type="log", exponentformat="power", dtick=1)
+    return figure
+
+
+def _bar_hover(
+    layer: int, values: np.ndarray, intervals: np.ndarray, ranks: np.ndarray, gone: bool
+) -> str:
+    low, high = intervals[layer]
+    overlapping = int(((intervals[:, 0] <= high) & (intervals[:, 1] >= low)).sum()) - 1
+    return (
+        f"layer {layer}{' (dropped)' if gone else ''}<br>contribution {number(values[layer])}<br>"
+        f"95 % interval {number(low)} to {number(high)}<br>rank {ranks[layer]} of {len(values)}; "
+        f"not told apart from {overlapping} other{'' if overlapping == 1 else 's'}"
+    )

@@ -1,0 +1,172 @@
+"""How pairs of layers depend on one another."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from core.interactions import Interactions
+from ui.figures.style import (
+    ACCENT,
+    CONTRAST,
+    QUIET,
+    base_figure,
+    layer_ticks,
+    number,
+    root_scale,
+    signed,
+    signed_root,
+)
+
+HEATMAP_HOW_TO_READ = (
+    "Blue pairs need each other; orange pairs stand in for each other, so dropping both costs more "
+    "than the sum of the parts. The colour scale is a square root."
+)
+GRAPH_HOW_TO_READ = (
+    "An arc joins each of the strongest pairs, wider for stronger: blue above the line need each "
+    "other, orange below it stand in for each other."
+)
+PAIR_HOW_TO_READ = (
+    "Four measured utilities. If the last bar falls short of the dashed line, which is what the two "
+    "single drops add up to, the layers stand in for each other; if it passes the line, they need "
+    "each other."
+)
+ARC_POINTS = 33
+
+
+def strongest_pairs(interactions: Interactions, count: int = 12) -> pd.DataFrame:
+    """The strongest pairs by absolute interaction, strongest first.
+
+    Columns: layer i, layer j, interaction, error, meaning.
+    """
+    first, second = np.triu_indices(len(interactions.values), 1)
+    values = interactions.values[first, second]
+    errors = interactions.errors[first, second]
+    order = np.argsort(-np.abs(values), kind="stable")[:count]
+    return pd.DataFrame(
+        {
+            "layer i": first[order],
+            "layer j": second[order],
+            "interaction": values[order].round(5),
+            "standard error": errors[order].round(5),
+            "meaning": [_meaning(values[k], errors[k]) for k in order],
+        }
+    )
+
+
+def interaction_heatmap(interactions: Interactions) -> go.Figure:
+    """Layer by layer, centred on zero, the diagonal blank."""
+    values = interactions.values.copy()
+    n = len(values)
+    np.fill_diagonal(values, np.nan)
+    figure = base_figure(height=520, title_x="layer", title_y="layer")
+    hover = [
+        [
+            f"layers {i} and {j}<br>interaction {signed(interactions.values[i, j])} ± "
+            f"{number(interactions.errors[i, j])} (standard error)<br>"
+            f"{_meaning(interactions.values[i, j], interactions.errors[i, j])}"
+            for j in range(n)
+        ]
+        for i in range(n)
+    ]
+    figure.add_heatmap(
+        x=list(range(n)),
+        y=list(range(n)),
+        z=signed_root(values),
+        customdata=hover,
+        hovertemplate="%{customdata}<extra></extra>",
+        hoverongaps=False,
+        xgap=1,
+        ygap=1,
+        **root_scale(values),
+    )
+    ticks = layer_ticks(n)
+    figure.update_xaxes(showgrid=False, tickvals=ticks, constrain="domain")
+    figure.update_yaxes(
+        showgrid=False, tickvals=ticks, autorange="reversed", scaleanchor="x", constrain="domain"
+    )
+    return figure
+
+
+def interaction_graph(
+    interactions: Interactions, *, strongest: int = 12, dropped: Collection[int] = ()
+) -> go.Figure:
+    """The strongest pairs as arcs over the line of layers in depth order."""
+    n = len(interactions.values)
+    pairs = strongest_pairs(interactions, strongest)
+    figure = base_figure(height=320, title_x="layer, in depth order")
+    largest = float(pairs["interaction"].abs().max()) if len(pairs) else 1.0
+    for row in pairs.itertuples(index=False):
+        i, j, value, error = row[0], row[1], row[2], row[3]
+        angle = np.linspace(0, np.pi, ARC_POINTS)
+        side = 1 if value >= 0 else -1
+        figure.add_scatter(
+            x=(i + j) / 2 + (j - i) / 2 * np.cos(angle),
+            y=side * np.sqrt(j - i) * np.sin(angle),
+            mode="lines",
+            line={
+                "color": ACCENT if value >= 0 else CONTRAST,
+                "width": 1 + 5 * abs(value) / (largest or 1.0),
+            },
+            opacity=0.75,
+            text=f"layers {i} and {j}<br>interaction {signed(value)} ± {number(error)}<br>{row[4]}",
+            hovertemplate="%{text}<extra></extra>",
+        )
+    figure.add_scatter(
+        x=list(range(n)),
+        y=[0] * n,
+        mode="markers",
+        marker={
+            "size": 9 if n <= 40 else 5,
+            "color": QUIET,
+            "symbol": ["x-thin-open" if layer in dropped else "circle" for layer in range(n)],
+        },
+        text=[f"layer {layer}" for layer in range(n)],
+        hovertemplate="%{text}<extra></extra>",
+    )
+    figure.update_xaxes(showgrid=False, tickvals=layer_ticks(n), range=[-1, n])
+    figure.update_yaxes(visible=False)
+    return figure
+
+
+def pair_utilities(first: int, second: int, utilities: Sequence[float]) -> go.Figure:
+    """Measured utilities: full model, without `first`, without `second`, without both."""
+    full, without_first, without_second, _ = utilities
+    additive = without_first + without_second - full
+    figure = base_figure(height=300, title_y="utility, PPL(full) / PPL(mask)")
+    figure.add_bar(
+        x=["full model", f"without {first}", f"without {second}", "without both"],
+        y=list(utilities),
+        marker={"color": [QUIET, ACCENT, ACCENT, CONTRAST]},
+        text=[number(value) for value in utilities],
+        textposition="outside",
+        cliponaxis=False,
+        hovertemplate="%{x}: %{y:.4f} (measured)<extra></extra>",
+    )
+    figure.add_shape(
+        type="line",
+        x0=2.5,
+        x1=3.5,
+        y0=additive,
+        y1=additive,
+        line={"color": QUIET, "width": 2, "dash": "dash"},
+    )
+    figure.add_annotation(
+        x=3.5,
+        y=additive,
+        xanchor="right",
+        yanchor="bottom",
+        showarrow=False,
+        text=f"sum of the parts {number(additive)}",
+    )
+    figure.update_layout(bargap=0.35, margin_t=28)
+    return figure
+
+
+def _meaning(value: float, error: float) -> str:
+    if abs(value) < 2 * error:
+        return "no clear interaction"
+    return "need each other" if value > 0 else "stand in for each other"

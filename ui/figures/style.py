@@ -1,0 +1,110 @@
+"""One look for all figures: quiet greys, one accent, transparent on light and dark pages.
+
+The page's stylesheet gives text its final colour, so figures follow a change of colour scheme
+without being drawn again; the greys here are what a downloaded image shows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import ArrayLike, NDArray
+
+ACCENT = "#2f6fdf"
+CONTRAST = "#c2570c"
+QUIET = "#8b93a1"
+TEXT = "#667085"
+GRID = "rgba(128, 136, 150, 0.22)"
+# Zero is as good as transparent, so it recedes on a light page and on a dark one.
+DIVERGING = [
+    [0.0, "rgb(176, 74, 6)"],
+    [0.25, "rgba(214, 122, 50, 0.75)"],
+    [0.5, "rgba(140, 146, 158, 0.10)"],
+    [0.75, "rgba(74, 132, 226, 0.75)"],
+    [1.0, "rgb(20, 80, 190)"],
+]
+# Ordered, and apart for every common colour blindness: from few kept layers to many.
+SEQUENTIAL = "Cividis"
+COLOUR_BAR = {"thickness": 10, "outlinewidth": 0, "len": 0.9}
+
+
+def base_figure(*, height: int, title_x: str = "", title_y: str = "") -> go.Figure:
+    """An empty figure in the house style; axis titles carry the units."""
+    figure = go.Figure()
+    figure.update_layout(
+        template="none",
+        autosize=True,
+        height=height,
+        margin={"l": 10, "r": 16, "t": 14, "b": 10},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "system-ui, sans-serif", "size": 12, "color": TEXT},
+        hoverlabel={"align": "left"},
+        showlegend=False,
+        dragmode=False,
+    )
+    axis = {
+        "automargin": True,
+        "gridcolor": GRID,
+        "zeroline": False,
+        "ticks": "",
+        "title": {"standoff": 8},
+    }
+    figure.update_xaxes(**axis, title_text=title_x)
+    figure.update_yaxes(**axis, title_text=title_y)
+    return figure
+
+
+def empty_figure(message: str) -> go.Figure:
+    """A place-holder that says what to do to see something here."""
+    figure = base_figure(height=220)
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    figure.add_annotation(
+        text=message, showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper", font={"size": 14}
+    )
+    return figure
+
+
+def layer_ticks(n: int, most: int = 16) -> list[int]:
+    """Layer numbers to label on a depth axis: at most about `most`, evenly spaced."""
+    for step in (1, 2, 5, 10, 20, 50, 100):
+        if n / step <= most:
+            return list(range(0, n, step))
+    return list(range(0, n, max(1, n // most)))
+
+
+def signed_root(values: ArrayLike) -> NDArray[np.float64]:
+    """Square root with the sign kept: small values stay apart beside a few that are huge."""
+    array = np.asarray(values, dtype=float)
+    return np.sign(array) * np.sqrt(np.abs(array))
+
+
+def root_scale(values: ArrayLike) -> dict:
+    """Colours centred on zero for values drawn as `signed_root`; the ticks are true values."""
+    finite = np.abs(np.asarray(values, dtype=float))
+    largest = float(np.nanmax(finite, initial=0.0)) or 1.0
+    ticks = largest * np.array([-1.0, -0.25, -0.04, 0.0, 0.04, 0.25, 1.0])
+    limit = float(np.sqrt(largest))
+    return {
+        "colorscale": DIVERGING,
+        "zmin": -limit,
+        "zmax": limit,
+        "zmid": 0.0,
+        "colorbar": {
+            **COLOUR_BAR,
+            "tickvals": signed_root(ticks).tolist(),
+            "ticktext": [number(tick) for tick in ticks],
+        },
+    }
+
+
+def number(value: float) -> str:
+    """A value to about three significant digits, with a true minus sign."""
+    if not np.isfinite(value):
+        return "not finite"
+    return f"{value:.3g}".replace("-", "−") if value else "0"
+
+
+def signed(value: float) -> str:
+    return f"+{number(value)}" if value > 0 else number(value)

@@ -1,0 +1,236 @@
+"""The page: the strip above four tabs, and what each control sets off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from core.analysis import AnalysisSettings
+from core.masks import default_strata
+from ui.contributions_view import contributions_view
+from ui.interactions_view import chosen_pair, interactions_view, pair_handler
+from ui.prune_view import PruneHandlers, prune_view
+from ui.session import Session, StopSignals
+from ui.settings import AppSettings
+from ui.setup_view import (
+    PUBLISHED,
+    analyse_handler,
+    describe,
+    load_handler,
+    setup_view,
+)
+from ui.status import news
+from ui.strip import layer_strip, strip_value
+from ui.study_view import clear_handler, open_handler, study_view
+from ui.theme import STYLESHEET, theme
+from ui.workspace import Workspaces
+
+TITLE = "LayerShap"
+HEAD = (
+    '<div class="ls-head"><h1>LayerShap</h1>'
+    "<p>What is each layer of a language model worth, and what does it cost to drop it?</p></div>"
+)
+# Jobs of one kind queue among themselves, so quick ones never wait behind an analysis.
+LOADING, ANALYSING, MEASURING = "loading", "analysing", "measuring"
+
+
+def build(settings: AppSettings) -> gr.Blocks:
+    """The whole dashboard, ready to launch."""
+    workspaces, stops = Workspaces(), StopSignals()
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+        session = gr.State(Session())
+        gr.HTML(HEAD)
+        model_line = gr.HTML(describe(Session()), elem_id="model-line")
+        with gr.Accordion("Set-up", open=True):
+            setup = setup_view(settings)
+        status = gr.HTML(
+            news("Loading the bundled model…"), elem_id="status", elem_classes="ls-status"
+        )
+        strip = layer_strip()
+        with gr.Tabs():
+            with gr.Tab("Layer contributions"):
+                contributions = contributions_view()
+            with gr.Tab("Interactions"):
+                interactions = interactions_view()
+            with gr.Tab("Prune and compare"):
+                pruning = prune_view()
+            with gr.Tab("Study") as study_tab:
+                study = study_view(study_tab)
+
+        def draw(current: Session, value: str, order: str) -> dict[Any, Any]:
+            n = current.n_layers
+            return {
+                **contributions.draw(current, value, order),
+                **interactions.draw(current),
+                **pruning.draw_selection(current),
+                pruning.count: gr.update(maximum=max(2, n - 1)),
+            }
+
+        charts = list(draw(Session(), "", "").keys())
+        values = [contributions.value, contributions.order]
+        handlers = PruneHandlers(pruning, stops, session, status, strip)
+        quiet = {"show_progress": "hidden", "api_visibility": "private"}
+
+        # Set-up
+        load = load_handler(settings, workspaces, session, status, model_line, strip, setup.strata)
+        loaded = [session, status, model_line, strip, setup.strata]
+
+        def redraw(current: Session, value: str, order: str) -> dict[Any, Any]:
+            return {**draw(current, value, order), **pruning.draw_tried(current)}
+
+        tried = [pruning.chart, pruning.tried]
+        for event in (
+            setup.load.click(
+                load,
+                setup.load_inputs,
+                loaded,
+                concurrency_id=LOADING,
+                api_name="load",
+                show_progress="hidden",
+            ),
+            page.load(load, setup.load_inputs, loaded, concurrency_id=LOADING, **quiet),
+        ):
+            event.then(redraw, [session, *values], charts + tried, **quiet)
+        setup.preset.change(
+            _preset,
+            [setup.preset, session],
+            [setup.evaluations, setup.strata, setup.surrogate],
+            **quiet,
+        )
+
+        # Analysis
+        def draw_default(current: Session) -> dict[Any, Any]:
+            return draw(current, contributions.value.value, contributions.order.value)
+
+        setup.run.click(
+            analyse_handler(settings, stops, session, status, strip, draw_default),
+            [session, *setup.run_inputs],
+            [session, status, strip, *charts],
+            concurrency_id=ANALYSING,
+            api_name="analyze",
+            show_progress="hidden",
+        ).then(draw, [session, *values], charts, **quiet)
+        setup.stop.click(
+            lambda request: stops.stop(request.session_hash) and None, None, None, **quiet
+        )
+        for control in values:
+            control.change(
+                contributions.draw,
+                [session, *values],
+                list(contributions.draw(Session(), "", "").keys()),
+                **quiet,
+            )
+
+        # Interactions
+        interactions.pairs.select(
+            chosen_pair, interactions.pairs, [interactions.first, interactions.second], **quiet
+        )
+        interactions.measure.click(
+            pair_handler(interactions, status),
+            [session, interactions.first, interactions.second],
+            [interactions.utilities, status],
+            concurrency_id=MEASURING,
+            api_name="pair",
+            show_progress="hidden",
+        )
+
+        # Prune and compare
+        selection = [session, pruning.dropped, pruning.predicted, pruning.recipe, status]
+        strip.select(handlers.clicked, session, selection, queue=False, **quiet)
+        pruning.dropped.submit(
+            handlers.typed,
+            [session, pruning.dropped],
+            [*selection, strip],
+            api_name="select",
+            show_progress="hidden",
+        )
+        pruning.drop_least.click(
+            handlers.drop_least,
+            [session, pruning.count],
+            [*selection, strip],
+            api_name="drop_least",
+            show_progress="hidden",
+        )
+        pruning.keep_all.click(handlers.keep_all, session, [*selection, strip], **quiet)
+        pruning.measure.click(
+            handlers.measure,
+            [session, pruning.dropped],
+            [session, status, pruning.figures, *tried],
+            concurrency_id=MEASURING,
+            api_name="compare",
+            show_progress="hidden",
+        )
+        pruning.go_on.click(
+            handlers.go_on,
+            [session, pruning.prompt, pruning.new_tokens],
+            [pruning.full_text, pruning.pruned_text, status],
+            concurrency_id=MEASURING,
+            api_name="continue_prompt",
+            show_progress="hidden",
+        )
+        pruning.save.click(
+            handlers.save,
+            [session, pruning.name],
+            status,
+            concurrency_id=MEASURING,
+            api_name="save",
+            show_progress="hidden",
+        )
+
+        # Study
+        study_files = [study.cache, study.about, *study.downloads]
+        study_tab.select(
+            study.draw, session, study_files, api_name="export", show_progress="hidden"
+        )
+
+        def show(current: Session) -> dict[Any, Any]:
+            return {
+                model_line: describe(current),
+                strip: strip_value(current),
+                **draw_default(current),
+                **pruning.draw_tried(current),
+                **study.draw(current),
+            }
+
+        study.upload.upload(
+            open_handler(session, status, show),
+            study.upload,
+            [session, status, model_line, strip, *charts, *tried, *study_files],
+            api_name="open_study",
+            show_progress="hidden",
+        )
+        study.clear.click(
+            clear_handler(study, status),
+            None,
+            [study.cache, status],
+            api_visibility="private",
+            show_progress="hidden",
+        )
+    page.queue(default_concurrency_limit=8)
+    return page
+
+
+def launch(settings: AppSettings) -> None:
+    """Build the dashboard and serve it until it is interrupted."""
+    build(settings).launch(
+        server_name=settings.host,
+        server_port=settings.port,
+        share=settings.share,
+        theme=theme(),
+        css_paths=STYLESHEET,
+        max_file_size=f"{settings.max_upload_mb}mb",
+        footer_links=["api", "settings"],
+        show_error=True,
+    )
+
+
+def _preset(chosen: str, session: Session) -> tuple[int, str, str]:
+    """Evaluations, strata and surrogate of a preset."""
+    if chosen == PUBLISHED:
+        settings = AnalysisSettings.published(session.n_layers or 32)
+        strata: tuple[int, ...] = settings.strata or ()
+    else:
+        settings = AnalysisSettings()
+        strata = default_strata(session.n_layers) if session.n_layers else ()
+    return settings.evaluations, ", ".join(map(str, strata)), settings.surrogate

@@ -1,0 +1,397 @@
+"""Prune and compare: choose layers to drop, see what it costs, keep the result."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from core.bundled import cache_root
+from core.errors import LayerShapError
+from core.footprint import Footprint, Speed, footprint, measure_speed
+from core.game import LayerGame
+from core.masks import dropped_layers
+from core.pruning import continue_prompt, mergekit_yaml, prune, save_pruned
+from core.study import Comparison
+from ui.figures import comparison_chart, empty_figure
+from ui.figures.comparisons import HOW_TO_READ
+from ui.parts import read_line
+from ui.session import Session, StopSignals
+from ui.setup_view import parse_layers, whole
+from ui.status import guarded, news, progress_bar, streamed
+from ui.strip import strip_value
+
+NOTHING_TRIED = "Drop some layers and press Measure: every set you try appears here."
+PROMPT = "The first thing a new government should do is"
+MAX_NEW_TOKENS = 200
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+TRIED_COLUMNS = ["layers dropped", "which", "held-out", "calibration", "predicted", "parameters"]
+
+
+@dataclass(frozen=True)
+class PruneView:
+    dropped: gr.Textbox
+    count: gr.Slider
+    drop_least: gr.Button
+    keep_all: gr.Button
+    predicted: gr.HTML
+    measure: gr.Button
+    figures: gr.HTML
+    chart: gr.Plot
+    tried: gr.Dataframe
+    prompt: gr.Textbox
+    new_tokens: gr.Slider
+    go_on: gr.Button
+    full_text: gr.Textbox
+    pruned_text: gr.Textbox
+    name: gr.Textbox
+    save: gr.Button
+    recipe: gr.Code
+
+    def draw_selection(self, session: Session) -> dict[Any, Any]:
+        """Updates that follow from a changed selection: cheap, so that a click answers at once."""
+        return {
+            self.dropped: ", ".join(map(str, session.dropped)),
+            self.predicted: _prediction(session),
+            self.recipe: _recipe(session),
+        }
+
+    def draw_tried(self, session: Session) -> dict[Any, Any]:
+        """Updates that show every set tried."""
+        if not session.comparisons:
+            return {self.chart: empty_figure(NOTHING_TRIED), self.tried: []}
+        rows = [
+            [
+                len(c.dropped),
+                ", ".join(map(str, c.dropped)),
+                _perplexity(c.held_out_pruned),
+                _perplexity(c.calibration_pruned),
+                "" if c.predicted is None else _perplexity(c.predicted),
+                f"{c.parameters_pruned / 1e6:,.1f} M",
+            ]
+            for c in sorted(session.comparisons, key=lambda c: (len(c.dropped), c.held_out_pruned))
+        ]
+        return {self.chart: comparison_chart(session.comparisons), self.tried: rows}
+
+
+def prune_view() -> PruneView:
+    """Lay out the tab."""
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=340):
+            gr.Markdown("### Choose layers to drop")
+            read_line("Click layers in the strip above, type their numbers, or take a preset.")
+            dropped = gr.Textbox(
+                label="Dropped layers", placeholder="none, e.g. 13, 17", elem_id="dropped"
+            )
+            with gr.Row():
+                count = gr.Slider(
+                    1, 12, value=3, step=1, label="Drop the k least needed", min_width=180
+                )
+                drop_least = gr.Button("Drop them", min_width=100, elem_id="drop-least")
+                keep_all = gr.Button("Keep all", min_width=100, elem_id="keep-all")
+            predicted = gr.HTML(_prediction(Session()), elem_id="predicted")
+            measure = gr.Button(
+                "Measure full and pruned model", variant="primary", elem_id="measure"
+            )
+            figures = gr.HTML(elem_id="figures")
+        with gr.Column(scale=6, min_width=340):
+            gr.Markdown("### Every set tried")
+            chart = gr.Plot(empty_figure(NOTHING_TRIED), show_label=False, elem_id="tried-chart")
+            read_line(HOW_TO_READ)
+            tried = gr.Dataframe(
+                headers=TRIED_COLUMNS,
+                label="Perplexities of the sets tried",
+                interactive=False,
+                max_height=240,
+                elem_id="tried",
+            )
+    gr.Markdown("### The same prompt, continued by both")
+    with gr.Row():
+        prompt = gr.Textbox(PROMPT, label="Prompt", scale=4, lines=2, max_lines=4)
+        new_tokens = gr.Slider(
+            8, MAX_NEW_TOKENS, value=40, step=8, label="New tokens", scale=1, min_width=160
+        )
+        go_on = gr.Button("Continue", scale=0, min_width=120, elem_id="continue")
+    with gr.Row():
+        full_text = gr.Textbox(label="Full model", lines=4, interactive=False)
+        pruned_text = gr.Textbox(
+            label="Pruned model", lines=4, interactive=False, elem_id="pruned-text"
+        )
+    gr.Markdown("### Keep the result")
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=1, min_width=300):
+            name = gr.Textbox(
+                "pruned-model", label="Name of the folder to save in", elem_id="save-name"
+            )
+            save = gr.Button("Save pruned model", elem_id="save")
+        with gr.Column(scale=2, min_width=300):
+            recipe = gr.Code(
+                language="yaml",
+                label="mergekit recipe of the same cut",
+                lines=4,
+                max_lines=14,
+                interactive=False,
+                elem_id="recipe",
+            )
+    return PruneView(
+        dropped,
+        count,
+        drop_least,
+        keep_all,
+        predicted,
+        measure,
+        figures,
+        chart,
+        tried,
+        prompt,
+        new_tokens,
+        go_on,
+        full_text,
+        pruned_text,
+        name,
+        save,
+        recipe,
+    )
+
+
+class PruneHandlers:
+    """What the tab's controls do; each yields {component: value}."""
+
+    def __init__(
+        self,
+        view: PruneView,
+        stops: StopSignals,
+        session: gr.State,
+        status: gr.HTML,
+        strip: gr.HTML,
+    ) -> None:
+        self._view, self._stops = view, stops
+        self._session, self._status, self._strip = session, status, strip
+        guard = guarded(status)
+        self.clicked = guard(self._clicked)
+        self.typed = guard(self._typed)
+        self.drop_least = guard(self._drop_least)
+        self.keep_all = guard(self._keep_all)
+        self.measure = guard(self._measure)
+        self.go_on = guard(self._go_on)
+        self.save = guard(self._save)
+
+    def _clicked(self, session: Session, event: gr.EventData) -> Iterator[dict]:
+        layers = event._data.get("dropped", ()) if isinstance(event._data, dict) else ()
+        if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
+            raise LayerShapError("The strip sent something that is not a list of layers.")
+        chosen = session.dropping(tuple(layers))
+        yield {self._session: chosen, **self._view.draw_selection(chosen)}
+
+    def _typed(self, session: Session, text: str) -> Iterator[dict]:
+        yield self._select(session, parse_layers("Dropped layers", text or ""))
+
+    def _drop_least(self, session: Session, count: float) -> Iterator[dict]:
+        values = session.need_analysis().contributions
+        k = whole("k", count)
+        if not 1 <= k < session.n_layers:
+            raise LayerShapError(
+                f"k is {k}, but this model has {session.n_layers} layers; choose k from 1 to "
+                f"{session.n_layers - 1}."
+            )
+        least = np.argsort(values, kind="stable")[:k]
+        yield self._select(session, tuple(int(layer) for layer in least))
+
+    def _keep_all(self, session: Session) -> Iterator[dict]:
+        yield self._select(session, ())
+
+    def _select(self, session: Session, layers: tuple[int, ...]) -> dict:
+        chosen = session.dropping(layers)
+        return {
+            self._session: chosen,
+            self._strip: strip_value(chosen),
+            **self._view.draw_selection(chosen),
+        }
+
+    def _measure(self, session: Session, text: str) -> Iterator[dict]:
+        session = session.dropping(parse_layers("Dropped layers", text or ""))
+        workspace = session.need_workspace()
+        keep = session.keep
+        if not keep.any():
+            raise LayerShapError("No layers are kept; keep at least one.")
+        yield {self._status: progress_bar("Measuring calibration perplexity", 0.1)}
+        calibration = _full_and_pruned(workspace.calibration, keep)
+        partly = _Measured(calibration=calibration)
+        yield {
+            self._view.figures: partly.table(),
+            self._status: progress_bar("Measuring held-out perplexity", 0.4),
+        }
+        held_out = _full_and_pruned(workspace.held_out, keep)
+        pruned = prune(workspace.model, keep)
+        sizes = footprint(workspace.model), footprint(pruned)
+        session = session.compared(_comparison(session, keep, calibration, held_out, sizes))
+        partly = _Measured(calibration, held_out, sizes)
+        yield {
+            self._session: session,
+            self._view.figures: partly.table(),
+            self._status: progress_bar("Timing both models", 0.7),
+            **self._view.draw_tried(session),
+        }
+        speeds = measure_speed(workspace.model, pruned)
+        yield {
+            self._view.figures: _Measured(calibration, held_out, sizes, speeds).table(),
+            self._status: news("Measured. The set is in the list of sets tried."),
+        }
+
+    def _go_on(
+        self, session: Session, prompt: str, count: float, request: gr.Request
+    ) -> Iterator[dict]:
+        workspace = session.need_workspace()
+        new_tokens = whole("New tokens", count)
+        if not 1 <= new_tokens <= MAX_NEW_TOKENS:
+            raise LayerShapError(
+                f"New tokens is {new_tokens}; it must be from 1 to {MAX_NEW_TOKENS}."
+            )
+        stop = self._stops.begin(request.session_hash)
+        pruned = prune(workspace.model, session.keep)
+        yield {self._view.full_text: "", self._view.pruned_text: ""}
+        for model, box, stage in (
+            (workspace.model, self._view.full_text, "The full model is writing"),
+            (pruned, self._view.pruned_text, "The pruned model is writing"),
+        ):
+            yield {self._status: progress_bar(stage, None)}
+            for text in continue_prompt(
+                model, prompt or "", max_new_tokens=new_tokens, stop=stop.is_set
+            ):
+                yield {box: text}
+        yield {self._status: news("Both continuations are greedy: the likeliest word each time.")}
+
+    def _save(self, session: Session, name: str) -> Iterator[dict]:
+        workspace = session.need_workspace()
+        if not FOLDER_NAME.fullmatch(name or ""):
+            raise LayerShapError(
+                "Name the folder with letters, digits, dots, dashes and underscores only."
+            )
+        folder = cache_root() / "pruned" / name
+        for item in streamed(
+            lambda report: save_pruned(workspace.model, session.keep, folder, report)
+        ):
+            if isinstance(item, tuple):
+                yield {self._status: progress_bar(*item)}
+            else:
+                yield {self._status: news(f"Saved in {item}")}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Pairs of figures, full and pruned; None where not measured yet."""
+
+    calibration: tuple[float, float] | None = None
+    held_out: tuple[float, float] | None = None
+    sizes: tuple[Footprint, Footprint] | None = None
+    speeds: tuple[Speed, Speed] | None = None
+
+    def table(self) -> str:
+        rows = [
+            _row("Held-out perplexity", self.held_out, _perplexity),
+            _row("Calibration perplexity", self.calibration, _perplexity),
+            _row("Parameters", _of(self.sizes, "parameters"), lambda v: f"{v / 1e6:,.1f} M"),
+            _row("Weights in memory", _of(self.sizes, "weight_bytes"), _bytes),
+            _row("Key/value cache per token", _of(self.sizes, "cache_bytes"), _bytes),
+            _row("Reading a prompt", _of(self.speeds, "prefill"), lambda v: f"{v:,.0f} tokens/s"),
+            _row("Writing", _of(self.speeds, "decode"), lambda v: f"{v:,.1f} tokens/s"),
+        ]
+        return (
+            '<table class="ls-figures"><thead><tr><th scope="col">Measured</th>'
+            '<th scope="col">Full</th><th scope="col">Pruned</th><th scope="col">Change</th></tr>'
+            f"</thead><tbody>{''.join(rows)}</tbody></table>"
+        )
+
+
+def _row(name: str, pair: tuple | None, show: Any) -> str:
+    if pair is None:
+        cells = ["…", "…", ""]
+    elif None in pair:
+        cells = ["none", "none", ""]
+    else:
+        full, pruned = pair
+        change = f"{(pruned / full - 1) * 100:+.1f} %" if np.isfinite(pruned) else ""
+        cells = [show(full), show(pruned), change.replace("-", "−")]
+    return (
+        f'<tr><th scope="row">{name}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+    )
+
+
+def _of(pair: tuple | None, field: str) -> tuple | None:
+    return None if pair is None else tuple(getattr(each, field) for each in pair)
+
+
+def _full_and_pruned(game: LayerGame, keep: np.ndarray) -> tuple[float, float]:
+    full, pruned = game.perplexity(np.array([np.ones_like(keep), keep]))
+    return float(full), float(pruned)
+
+
+def _comparison(
+    session: Session,
+    keep: np.ndarray,
+    calibration: tuple[float, float],
+    held_out: tuple[float, float],
+    sizes: tuple[Footprint, Footprint],
+) -> Comparison:
+    predicted = low = high = None
+    if session.analysis is not None:
+        predicted, low, high = (float(v[0]) for v in session.analysis.predict_perplexity(keep))
+    return Comparison(
+        dropped=dropped_layers(keep),
+        predicted=predicted,
+        predicted_low=low,
+        predicted_high=high,
+        calibration_full=calibration[0],
+        calibration_pruned=calibration[1],
+        held_out_full=held_out[0],
+        held_out_pruned=held_out[1],
+        parameters_full=sizes[0].parameters,
+        parameters_pruned=sizes[1].parameters,
+    )
+
+
+def _prediction(session: Session) -> str:
+    if session.analysis is None:
+        return '<p class="ls-read">Predictions appear here once the layers are analysed.</p>'
+    if not session.keep.any():
+        return '<p class="ls-read">No layers are kept; keep at least one.</p>'
+    analysis = session.analysis
+    full = f"full model {_perplexity(float(np.exp(analysis.full_loss)))}, measured"
+    if not session.dropped:
+        return f'<p class="ls-predicted">Nothing dropped: {full}.</p>'
+    predicted, low, high = (float(v[0]) for v in analysis.predict_perplexity(session.keep))
+    outside = session.keep.sum() < min(analysis.settings.strata)
+    warning = " Fewer layers are kept than in any measured mask: a guess." if outside else ""
+    return (
+        f'<p class="ls-predicted"><strong>{_perplexity(predicted)}</strong>'
+        "<span>predicted calibration perplexity</span>"
+        f'<span class="ls-quiet">90 % range {_perplexity(low)} to {_perplexity(high)}; {full}.'
+        f"{warning}</span></p>"
+    )
+
+
+def _recipe(session: Session) -> str:
+    if session.model is None or not session.keep.any():
+        return ""
+    return mergekit_yaml(session.model, session.keep)
+
+
+def _perplexity(value: float) -> str:
+    if not np.isfinite(value):
+        return "not finite"
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if value < 1000:
+            return f"{value:,.1f} {unit}"
+        value /= 1000
+    return f"{value:,.2f} GB"

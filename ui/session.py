@@ -1,0 +1,108 @@
+"""What one visitor has on screen; every browser tab has its own."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.analysis import Analysis
+from core.errors import LayerShapError
+from core.masks import leave_out
+from core.models import ModelInfo
+from core.study import Comparison, Study, TextInfo
+from ui.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Session:
+    """A visitor's model, results and selection; `workspace` is None for a study opened from file."""
+
+    workspace: Workspace | None = None
+    model: ModelInfo | None = None
+    text: TextInfo | None = None
+    analysis: Analysis | None = None
+    comparisons: tuple[Comparison, ...] = ()
+    dropped: tuple[int, ...] = ()
+
+    @classmethod
+    def of_workspace(cls, workspace: Workspace) -> Session:
+        return cls(workspace=workspace, model=workspace.model.info, text=workspace.text_info)
+
+    @classmethod
+    def of_study(cls, study: Study) -> Session:
+        return cls(
+            model=study.model,
+            text=study.text,
+            analysis=study.analysis,
+            comparisons=study.comparisons,
+        )
+
+    @property
+    def n_layers(self) -> int:
+        return self.model.n_layers if self.model else 0
+
+    @property
+    def keep(self) -> NDArray[np.bool_]:
+        """The selection as a mask, bool [n_layers]."""
+        return leave_out(self.n_layers, self.dropped)
+
+    def dropping(self, layers: tuple[int, ...]) -> Session:
+        """The same session with another selection.
+
+        Raises:
+            LayerShapError: a layer that this model does not have.
+        """
+        leave_out(self.n_layers, layers)
+        return replace(self, dropped=tuple(sorted(set(layers))))
+
+    def compared(self, comparison: Comparison) -> Session:
+        """With one more comparison; a set tried again replaces its earlier figures."""
+        others = tuple(c for c in self.comparisons if c.dropped != comparison.dropped)
+        return replace(self, comparisons=(*others, comparison))
+
+    def need_workspace(self) -> Workspace:
+        if self.workspace is None:
+            raise LayerShapError(
+                "This needs the model itself: load it in Set-up (a study opened from a file shows "
+                "charts and predictions only)."
+                if self.model
+                else "Load a model first, in Set-up."
+            )
+        return self.workspace
+
+    def need_analysis(self) -> Analysis:
+        if self.analysis is None:
+            raise LayerShapError("Run the analysis first, or open a saved study.")
+        return self.analysis
+
+    def study(self) -> Study:
+        analysis = self.need_analysis()
+        assert self.model is not None and self.text is not None
+        return Study(analysis, self.model, self.text, self.comparisons)
+
+
+class StopSignals:
+    """One stop signal per browser tab."""
+
+    def __init__(self) -> None:
+        self._events: dict[str, threading.Event] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, session_hash: str | None) -> threading.Event:
+        """A fresh signal for work that starts now."""
+        event = threading.Event()
+        with self._lock:
+            self._events[session_hash or ""] = event
+        return event
+
+    def stop(self, session_hash: str | None) -> bool:
+        """Stop that tab's work; False if it has none."""
+        with self._lock:
+            event = self._events.pop(session_hash or "", None)
+        if event is None:
+            return False
+        event.set()
+        return True

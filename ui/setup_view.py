@@ -1,0 +1,396 @@
+"""Set-up: which model, which text, and how to analyse; loading and running."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from core.analysis import AnalysisSettings, run
+from core.errors import LayerShapError
+from core.masks import default_strata
+from core.models import BUNDLED, DEVICES, DTYPES
+from core.surrogate import KINDS
+from core.text import BUNDLED as BUNDLED_TEXT
+from core.text import WIKITEXT
+from ui.session import Session, StopSignals
+from ui.settings import AppSettings
+from ui.status import duration, guarded, news, progress_bar, streamed
+from ui.strip import strip_value
+from ui.workspace import ModelChoice, TextChoice, Workspaces
+
+FROM_BUNDLE = "SmolLM2-135M (bundled)"
+FROM_HUB = "Hugging Face id"
+FROM_FOLDER = "Local folder"
+FROM_GGUF = "GGUF file"
+TEXT_BUNDLED = "Presidential messages (bundled)"
+TEXT_FILE = "Upload"
+TEXT_HUB = "Hugging Face data set"
+RECOMMENDED, PUBLISHED = "Recommended", "As published"
+HINTS = {
+    FROM_HUB: "owner/name, for example HuggingFaceTB/SmolLM2-135M",
+    FROM_FOLDER: "a folder with config.json and .safetensors files",
+    FROM_GGUF: "a file ending in .gguf",
+}
+# The page is told of progress at most this often.
+REFRESH_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class SetupView:
+    """The controls of the set-up panel."""
+
+    model_from: gr.Radio
+    model_source: gr.Textbox
+    revision: gr.Textbox
+    device: gr.Dropdown
+    dtype: gr.Dropdown
+    text_from: gr.Radio
+    text_file: gr.File
+    text_set: gr.Textbox
+    blocks: gr.Number
+    block_length: gr.Number
+    held_out_blocks: gr.Number
+    text_seed: gr.Number
+    load: gr.Button
+    preset: gr.Radio
+    evaluations: gr.Number
+    strata: gr.Textbox
+    utility: gr.Radio
+    surrogate: gr.Dropdown
+    seed: gr.Number
+    run: gr.Button
+    stop: gr.Button
+
+    @property
+    def load_inputs(self) -> list:
+        return [
+            self.model_from,
+            self.model_source,
+            self.revision,
+            self.device,
+            self.dtype,
+            self.text_from,
+            self.text_file,
+            self.text_set,
+            self.blocks,
+            self.block_length,
+            self.held_out_blocks,
+            self.text_seed,
+        ]
+
+    @property
+    def run_inputs(self) -> list:
+        return [self.evaluations, self.strata, self.utility, self.surrogate, self.seed]
+
+
+def setup_view(settings: AppSettings) -> SetupView:
+    """Lay out the set-up panel."""
+    sources = [FROM_BUNDLE, FROM_HUB]
+    if settings.local_files:
+        sources += [FROM_FOLDER, FROM_GGUF]
+    defaults = AnalysisSettings()
+    with gr.Row(equal_height=False):
+        with gr.Column(min_width=300), gr.Group():
+            model_from = gr.Radio(sources, value=FROM_BUNDLE, label="1 · Model")
+            model_source = gr.Textbox(label="Model", visible=False)
+            revision = gr.Textbox(label="Revision (optional)", visible=False)
+            with gr.Row():
+                device = gr.Dropdown(list(DEVICES), value="auto", label="Device", min_width=100)
+                dtype = gr.Dropdown(
+                    list(DTYPES), value="auto", label="Number format", min_width=100
+                )
+        with gr.Column(min_width=300), gr.Group():
+            text_from = gr.Radio(
+                [TEXT_BUNDLED, TEXT_FILE, TEXT_HUB], value=TEXT_BUNDLED, label="2 · Text"
+            )
+            text_file = gr.File(
+                label="Text (.txt, .md, or .jsonl with a text field)",
+                file_types=[".txt", ".md", ".jsonl"],
+                visible=False,
+                height=120,
+            )
+            text_set = gr.Textbox(
+                WIKITEXT, label="Data set (owner/name:configuration:split)", visible=False
+            )
+            with gr.Row():
+                blocks = gr.Number(
+                    10, label="Calibration blocks", precision=0, minimum=1, min_width=120
+                )
+                held_out_blocks = gr.Number(
+                    10, label="Held-out blocks", precision=0, minimum=1, min_width=120
+                )
+                block_length = gr.Number(
+                    128, label="Tokens per block", precision=0, minimum=2, min_width=120
+                )
+                text_seed = gr.Number(0, label="Text seed", precision=0, min_width=120)
+            load = gr.Button("Load model and text", variant="secondary")
+        with gr.Column(min_width=300), gr.Group():
+            preset = gr.Radio([RECOMMENDED, PUBLISHED], value=RECOMMENDED, label="3 · Analysis")
+            with gr.Row():
+                evaluations = gr.Number(
+                    defaults.evaluations,
+                    label="Evaluations",
+                    precision=0,
+                    minimum=1,
+                    min_width=120,
+                    elem_id="evaluations",
+                )
+                seed = gr.Number(defaults.seed, label="Seed", precision=0, min_width=120)
+            strata = gr.Textbox(
+                label="Layers kept in a mask (strata)",
+                placeholder="scaled to the model's depth",
+            )
+            with gr.Row():
+                utility = gr.Radio(
+                    [("perplexity ratio", "ratio"), ("log", "log")],
+                    value=defaults.utility,
+                    label="Utility",
+                    min_width=120,
+                )
+                surrogate = gr.Dropdown(
+                    list(KINDS), value=defaults.surrogate, label="Surrogate", min_width=120
+                )
+            with gr.Row():
+                start = gr.Button("Analyse", variant="primary", elem_id="analyse")
+                stop = gr.Button("Stop", variant="stop", elem_id="stop")
+    view = SetupView(
+        model_from,
+        model_source,
+        revision,
+        device,
+        dtype,
+        text_from,
+        text_file,
+        text_set,
+        blocks,
+        block_length,
+        held_out_blocks,
+        text_seed,
+        load,
+        preset,
+        evaluations,
+        strata,
+        utility,
+        surrogate,
+        seed,
+        start,
+        stop,
+    )
+    _show_what_applies(view)
+    return view
+
+
+def _show_what_applies(view: SetupView) -> None:
+    view.model_from.change(
+        lambda chosen: (
+            gr.update(visible=chosen != FROM_BUNDLE, label=chosen, placeholder=HINTS.get(chosen)),
+            gr.update(visible=chosen == FROM_HUB),
+        ),
+        view.model_from,
+        [view.model_source, view.revision],
+        api_visibility="private",
+        show_progress="hidden",
+    )
+    view.text_from.change(
+        lambda chosen: (
+            gr.update(visible=chosen == TEXT_FILE),
+            gr.update(visible=chosen == TEXT_HUB),
+        ),
+        view.text_from,
+        [view.text_file, view.text_set],
+        api_visibility="private",
+        show_progress="hidden",
+    )
+
+
+def load_handler(
+    settings: AppSettings,
+    workspaces: Workspaces,
+    session: gr.State,
+    status: gr.HTML,
+    model_line: gr.HTML,
+    strip: gr.HTML,
+    strata: gr.Textbox,
+) -> Any:
+    """Handler that loads the chosen model and text into the session."""
+
+    @guarded(status)
+    def load(*chosen: Any) -> Iterator[dict]:
+        model, text = _choices(settings, chosen)
+        loaded = None
+        for item in streamed(lambda report: workspaces.open(model, text, report)):
+            if isinstance(item, tuple):
+                yield {status: progress_bar(*item)}
+            else:
+                loaded = Session.of_workspace(item)
+        yield {
+            session: loaded,
+            status: news("Ready. Analyse the layers, or choose some to drop and measure."),
+            model_line: describe(loaded),
+            strip: strip_value(loaded),
+            strata: ", ".join(map(str, default_strata(loaded.n_layers))),
+        }
+
+    return load
+
+
+def _choices(settings: AppSettings, chosen: tuple) -> tuple[ModelChoice, TextChoice]:
+    (
+        model_from,
+        model_source,
+        revision,
+        device,
+        dtype,
+        text_from,
+        text_file,
+        text_set,
+        blocks,
+        block_length,
+        held_out_blocks,
+        seed,
+    ) = chosen
+    source = BUNDLED if model_from == FROM_BUNDLE else (model_source or "").strip()
+    if not source:
+        raise LayerShapError(f"Name the model: {HINTS[model_from]}.")
+    settings.check_model(source)
+    if model_from == FROM_GGUF and not source.lower().endswith(".gguf"):
+        raise LayerShapError(f"{source} does not end in .gguf; name a GGUF file.")
+    if text_from == TEXT_FILE and not text_file:
+        raise LayerShapError("Choose a text file to upload first.")
+    text = {
+        TEXT_BUNDLED: BUNDLED_TEXT,
+        TEXT_FILE: text_file,
+        TEXT_HUB: (text_set or "").strip(),
+    }[text_from]
+    if text_from == TEXT_HUB and not settings.local_files and text.startswith((".", "/", "~")):
+        raise LayerShapError("Name a Hugging Face data set, such as " + WIKITEXT + ".")
+    return (
+        ModelChoice(source, (revision or "").strip() or None, device, dtype),
+        TextChoice(
+            text,
+            whole("Calibration blocks", blocks),
+            whole("Tokens per block", block_length),
+            whole("Held-out blocks", held_out_blocks),
+            whole("Text seed", seed),
+        ),
+    )
+
+
+def analyse_handler(
+    settings: AppSettings,
+    stops: StopSignals,
+    session: gr.State,
+    status: gr.HTML,
+    strip: gr.HTML,
+    draw: Any,
+) -> Any:
+    """Handler that runs an analysis and streams partial results; `draw` makes the charts' updates."""
+
+    @guarded(status)
+    def analyse(
+        current: Session,
+        evaluations: float,
+        strata: str,
+        utility: str,
+        surrogate: str,
+        seed: float,
+        request: gr.Request,
+    ) -> Iterator[dict]:
+        workspace = current.need_workspace()
+        chosen = AnalysisSettings(
+            evaluations=whole("Evaluations", evaluations),
+            seed=whole("Seed", seed),
+            strata=_parse_strata(strata),
+            utility=utility,
+            surrogate=surrogate,
+        )
+        if chosen.evaluations > settings.max_evaluations:
+            raise LayerShapError(
+                f"Evaluations is {chosen.evaluations}; this dashboard allows at most "
+                f"{settings.max_evaluations}."
+            )
+        stop = stops.begin(request.session_hash)
+        shown = 0.0
+        for step in run(workspace.calibration, chosen, stop.is_set):
+            if step.analysis is not None:
+                current = replace(current, analysis=step.analysis)
+                yield {session: current, strip: strip_value(current), **draw(current)}
+            elif time.monotonic() - shown < REFRESH_SECONDS:
+                continue
+            shown = time.monotonic()
+            yield {status: _progress(step)}
+        yield {status: news(_summary(step, current))}
+
+    return analyse
+
+
+def _progress(step: Any) -> str:
+    left = f", about {duration(step.seconds_left)} left" if step.seconds_left else ""
+    return progress_bar(
+        step.stage, step.done / max(step.total, 1), f"{step.done} of {step.total} masks{left}"
+    )
+
+
+def _summary(step: Any, current: Session) -> str:
+    if step.stage == "Done":
+        return f"Done: {step.done} masks measured. Every one is kept for next time."
+    used = len(current.analysis.masks) if current.analysis else 0
+    return (
+        f"Stopped: {step.done} of {step.total} masks measured and kept; the charts use the {used} of "
+        "whole rounds. Analyse again to go on from here."
+    )
+
+
+def describe(session: Session) -> str:
+    """The line that says which model and text are loaded, as HTML."""
+    model, text = session.model, session.text
+    if model is None or text is None:
+        return '<p class="ls-model">No model loaded yet.</p>'
+    parts = (
+        f"{model.n_layers} layers",
+        f"{model.parameters / 1e6:,.1f} M parameters",
+        f"{model.dtype} on {model.device}",
+        f"{text.source}: {text.blocks} calibration and {text.held_out_blocks} held-out blocks of "
+        f"{text.block_length} tokens",
+    )
+    where = "" if session.workspace else " (opened from a saved study; the model is not loaded)"
+    return (
+        f'<p class="ls-model"><b>{escape(model.name)}</b>{where} · '
+        f"{' · '.join(map(escape, parts))}</p>"
+    )
+
+
+def whole(name: str, value: float | None) -> int:
+    """A whole number from a number field.
+
+    Raises:
+        LayerShapError: the field is empty or holds a fraction.
+    """
+    if value is None or value != int(value):
+        raise LayerShapError(f"{name} must be a whole number.")
+    return int(value)
+
+
+def _parse_strata(text: str) -> tuple[int, ...] | None:
+    if not text.strip():
+        return None
+    return parse_layers("Strata", text)
+
+
+def parse_layers(name: str, text: str) -> tuple[int, ...]:
+    """Whole numbers separated by commas or spaces.
+
+    Raises:
+        LayerShapError: something else stands between them.
+    """
+    try:
+        return tuple(int(part) for part in text.replace(",", " ").split())
+    except ValueError as error:
+        raise LayerShapError(
+            f"{name} must be whole numbers separated by commas, such as 3, 7, 12."
+        ) from error

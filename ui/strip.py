@@ -1,0 +1,103 @@
+"""The layer strip: one button per layer, in depth order, that says what it is worth and toggles it.
+
+A click changes the button at once, in the browser; the server is told which layers are dropped now.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from ui.figures.style import number
+from ui.session import Session
+
+TEMPLATE = """
+<div class="ls-strip" role="group" aria-label="Layers: press to drop or keep" data-n="${value.layers.length}">
+${value.layers.map((l) =>
+  '<button type="button" class="ls-layer' + (l.kept ? '' : ' ls-dropped') + '"'
+  + ' data-layer="' + l.layer + '" data-about="' + l.about + '"'
+  + ' aria-pressed="' + (l.kept ? 'false' : 'true') + '"'
+  + ' aria-label="Layer ' + l.layer + ', ' + (l.kept ? 'kept' : 'dropped') + l.about + '"'
+  + ' title="Layer ' + l.layer + l.about + '"'
+  + ' tabindex="' + (l.layer === 0 ? 0 : -1) + '"'
+  + ' style="--level:' + l.level + '">' + l.layer + '</button>').join('')}
+</div>
+<p class="ls-strip-empty">${value.layers.length ? '' : 'Load a model to see its layers here.'}</p>
+"""
+
+# Roving tabindex: one stop for Tab, arrow keys inside (WAI-ARIA toolbar pattern).
+SCRIPT = """
+let focused = 0;
+const buttons = () => Array.from(element.querySelectorAll('.ls-layer'));
+const focusOn = (index) => {
+  const all = buttons();
+  if (!all.length) return;
+  focused = Math.max(0, Math.min(all.length - 1, index));
+  all.forEach((b, i) => { b.tabIndex = i === focused ? 0 : -1; });
+  all[focused].focus();
+};
+const toggle = (button) => {
+  const dropped = button.classList.toggle('ls-dropped');
+  button.setAttribute('aria-pressed', dropped ? 'true' : 'false');
+  button.setAttribute('aria-label', 'Layer ' + button.dataset.layer
+    + (dropped ? ', dropped' : ', kept') + button.dataset.about);
+  trigger('select', {
+    dropped: buttons().filter((b) => b.classList.contains('ls-dropped'))
+      .map((b) => Number(b.dataset.layer)),
+  });
+};
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('.ls-layer');
+  if (!button) return;
+  focusOn(buttons().indexOf(button));
+  toggle(button);
+});
+element.addEventListener('keydown', (event) => {
+  const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
+  if (event.key in steps) focusOn(focused + steps[event.key]);
+  else if (event.key === 'Home') focusOn(0);
+  else if (event.key === 'End') focusOn(buttons().length - 1);
+  else return;
+  event.preventDefault();
+});
+let held = false;
+element.addEventListener('focusin', () => { held = true; });
+element.addEventListener('focusout', (event) => { if (event.relatedTarget) held = false; });
+watch('value', () => { if (held) focusOn(focused); });
+"""
+
+
+def layer_strip() -> gr.HTML:
+    return gr.HTML(
+        {"layers": []},
+        html_template=TEMPLATE,
+        js_on_load=SCRIPT,
+        apply_default_css=False,
+        elem_id="layer-strip",
+    )
+
+
+def strip_value(session: Session) -> dict[str, Any]:
+    """What the strip shows: per layer whether it is kept, and its contribution once known."""
+    n = session.n_layers
+    dropped = set(session.dropped)
+    if session.analysis is None:
+        levels, about = np.zeros(n), [""] * n
+    else:
+        values = session.analysis.contributions
+        largest = float(np.max(np.abs(values), initial=0.0)) or 1.0
+        levels = np.sqrt(np.clip(values, 0, None) / largest)
+        about = [f", contribution {number(value)}" for value in values]
+    return {
+        "layers": [
+            {
+                "layer": layer,
+                "kept": layer not in dropped,
+                "level": round(float(levels[layer]), 3),
+                "about": about[layer],
+            }
+            for layer in range(n)
+        ]
+    }

@@ -1,0 +1,96 @@
+"""Models and texts in use, shared by everyone who asked for the same ones."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from core.game import LayerGame
+from core.models import LayeredModel, Progress, load_model
+from core.study import TextInfo
+from core.text import TextBlocks, load_text
+
+# Loaded models kept in memory; the least recently used goes first.
+MAX_MODELS = 2
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model to load, and how."""
+
+    source: str = "bundled"
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class TextChoice:
+    """Which text to cut into blocks, and how."""
+
+    source: str = "bundled"
+    blocks: int = 10
+    block_length: int = 128
+    held_out_blocks: int = 10
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A loaded model with its calibration and held-out games."""
+
+    model: LayeredModel
+    text: TextBlocks
+    calibration: LayerGame
+    held_out: LayerGame
+
+    @property
+    def text_info(self) -> TextInfo:
+        return TextInfo.of(self.text)
+
+
+class Workspaces:
+    """Opens workspaces; models are loaded once and shared between visitors."""
+
+    def __init__(self) -> None:
+        self._models: OrderedDict[ModelChoice, LayeredModel] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def open(self, model: ModelChoice, text: TextChoice, progress: Progress) -> Workspace:
+        """Load what is not loaded yet.
+
+        Raises:
+            LayerShapError: the model or the text cannot be used.
+        """
+        loaded = self._model(model, progress)
+        progress("Reading the text", None)
+        blocks = load_text(
+            text.source,
+            loaded.tokenizer,
+            blocks=text.blocks,
+            block_length=text.block_length,
+            held_out_blocks=text.held_out_blocks,
+            seed=text.seed,
+        )
+        return Workspace(
+            loaded,
+            blocks,
+            LayerGame(loaded, blocks.calibration),
+            LayerGame(loaded, blocks.held_out),
+        )
+
+    def _model(self, choice: ModelChoice, progress: Progress) -> LayeredModel:
+        with self._lock:
+            if choice not in self._models:
+                while len(self._models) >= MAX_MODELS:
+                    self._models.popitem(last=False)
+                self._models[choice] = load_model(
+                    choice.source,
+                    revision=choice.revision,
+                    device=choice.device,
+                    dtype=choice.dtype,
+                    progress=progress,
+                )
+            self._models.move_to_end(choice)
+            return self._models[choice]
