@@ -74,6 +74,7 @@ def estimate_contributions(
         + sampling.sum(axis=1) / count**2
         + remaining
     )
+    by_size += _efficiency_share(measured, sizes, by_size, variance)[:, None]
     return Contributions(
         values=by_size.mean(axis=1),
         errors=np.sqrt(variance),
@@ -82,6 +83,21 @@ def estimate_contributions(
         by_size_errors=np.sqrt(by_size_variance),
         extrapolated=bool(chosen.min() < measured.lowest),
     )
+
+
+def _efficiency_share(
+    measured: MeasuredStrata, sizes: Sequence[int], by_size: Floats, variance: Floats
+) -> Floats:
+    """What to add to each layer so that the values sum to v(N) − v(∅), [n].
+
+    The Shapley value is efficient; where the empty coalition was measured, the sum is known, and
+    the least-squares correction gives each layer of the gap as much as it has of the variance.
+    """
+    total = variance.sum()
+    if len(sizes) < measured.n or not measured.complete(0) or total == 0:
+        return np.zeros(measured.n)
+    worth = measured.strata[measured.n].utilities[0] - measured.strata[0].utilities[0]
+    return (worth - by_size.mean(axis=1).sum()) * variance / total
 
 
 def _direct(measured: MeasuredStrata, size: int) -> Floats:

@@ -66,6 +66,13 @@ class LayeredModel:
     info: ModelInfo
 
     @property
+    def location(self) -> str:
+        """Where other tools can read the whole model: its Hub id, or a local folder."""
+        folder = self.module.name_or_path
+        is_hub_id = self.info.source not in ("", BUNDLED) and not Path(self.info.source).exists()
+        return self.info.source if is_hub_id else folder
+
+    @property
     def blocks(self) -> tuple[nn.Module, ...]:
         return self.stack.blocks
 

@@ -116,8 +116,11 @@ def save_pruned(
     return folder
 
 
-def mergekit_yaml(info: ModelInfo, keep: ArrayLike) -> str:
+def mergekit_yaml(info: ModelInfo, keep: ArrayLike, location: str | None = None) -> str:
     """A mergekit `passthrough` recipe of the same cut; layer ranges end before their last number.
+
+    Args:
+        location: the folder or Hub id to read the model from; by default where it came from.
 
     Raises:
         LayerShapError: no layer is kept.
@@ -134,11 +137,11 @@ def mergekit_yaml(info: ModelInfo, keep: ArrayLike) -> str:
         "merge_method": "passthrough",
         "dtype": info.dtype,
         "slices": [
-            {"sources": [{"model": info.source, "layer_range": [run[0], run[-1] + 1]}]}
+            {"sources": [{"model": location or info.source, "layer_range": [run[0], run[-1] + 1]}]}
             for run in runs
         ],
     }
-    return yaml.safe_dump(recipe, sort_keys=False)
+    return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=200)
 
 
 def continue_prompt(
@@ -163,8 +166,8 @@ def continue_prompt(
         raise LayerShapError("The prompt is empty; type the beginning of a text.")
     if context is not None and length + max_new_tokens > context:
         raise LayerShapError(
-            f"The prompt has {length} tokens; with {max_new_tokens} new ones that is more than this "
-            f"model's context of {context}."
+            f"The prompt has {length} tokens; with {max_new_tokens} new ones that is more than "
+            f"this model's context of {context}."
         )
 
     class Stop(StoppingCriteria):

@@ -145,6 +145,21 @@ class Study:
                 f"The study file is damaged ({type(error).__name__}: {error}); save it again."
             ) from error
 
+    def to_csv(self, frame: pd.DataFrame) -> str:
+        """A table as CSV, with what made it in leading comment lines.
+
+        `pandas.read_csv(file, comment="#")` skips them.
+        """
+        made_by = {
+            "created": self.created,
+            "model": asdict(self.model),
+            "text": asdict(self.text),
+            "settings": asdict(self.analysis.settings),
+            "versions": dict(self.versions),
+        }
+        lines = [f"# {name}: {json.dumps(value)}" for name, value in made_by.items()]
+        return "\n".join(lines) + "\n" + frame.to_csv(index=False)
+
     def contributions_frame(self) -> pd.DataFrame:
         """One row per layer: contributions with errors and intervals, both kinds of value."""
         columns: dict[str, Any] = {"layer": range(self.analysis.n_layers)}

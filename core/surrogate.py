@@ -93,7 +93,7 @@ class FittedSurrogate:
         """Excess loss in nats by each member, bool [m, n] → float64 [members, m]."""
         parts = [
             self._predictor.excess(torch.from_numpy(masks[first : first + CHUNK].astype(float)))
-            for first in range(0, len(masks), CHUNK)
+            for first in range(0, max(len(masks), 1), CHUNK)
         ]
         return torch.cat(parts, dim=1).clamp(min=self._floor).numpy()
 

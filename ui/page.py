@@ -38,15 +38,29 @@ LOADING, ANALYSING, MEASURING = "loading", "analysing", "measuring"
 def build(settings: AppSettings) -> gr.Blocks:
     """The whole dashboard, ready to launch."""
     workspaces, stops = Workspaces(), StopSignals()
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         session = gr.State(Session())
         gr.HTML(HEAD)
         model_line = gr.HTML(describe(Session()), elem_id="model-line")
-        with gr.Accordion("Set-up", open=True):
+        with gr.Accordion("Set-up: model, text and analysis settings", open=False):
             setup = setup_view(settings)
-        status = gr.HTML(
-            news("Loading the bundled model…"), elem_id="status", elem_classes="ls-status"
-        )
+        with gr.Row(equal_height=True, elem_id="run-bar"):
+            evaluations = gr.Number(
+                AnalysisSettings().evaluations,
+                label="Evaluations",
+                precision=0,
+                minimum=1,
+                scale=0,
+                min_width=130,
+                elem_id="evaluations",
+            )
+            start = gr.Button(
+                "Analyse", variant="primary", scale=0, min_width=130, elem_id="analyse"
+            )
+            stop = gr.Button("Stop", scale=0, min_width=90, elem_id="stop")
+            status = gr.HTML(
+                news("Loading the bundled model…"), elem_id="status", elem_classes="ls-status"
+            )
         strip = layer_strip()
         with gr.Tabs():
             with gr.Tab("Layer contributions"):
@@ -95,7 +109,7 @@ def build(settings: AppSettings) -> gr.Blocks:
         setup.preset.change(
             _preset,
             [setup.preset, session],
-            [setup.evaluations, setup.strata, setup.surrogate],
+            [evaluations, setup.strata, setup.surrogate],
             **quiet,
         )
 
@@ -103,17 +117,19 @@ def build(settings: AppSettings) -> gr.Blocks:
         def draw_default(current: Session) -> dict[Any, Any]:
             return draw(current, contributions.value.value, contributions.order.value)
 
-        setup.run.click(
+        start.click(
             analyse_handler(settings, stops, session, status, strip, draw_default),
-            [session, *setup.run_inputs],
+            [session, evaluations, *setup.run_inputs],
             [session, status, strip, *charts],
             concurrency_id=ANALYSING,
             api_name="analyze",
             show_progress="hidden",
         ).then(draw, [session, *values], charts, **quiet)
-        setup.stop.click(
-            lambda request: stops.stop(request.session_hash) and None, None, None, **quiet
-        )
+
+        def stop_work(request: gr.Request) -> None:
+            stops.stop(request.session_hash)
+
+        stop.click(stop_work, None, None, queue=False, api_name="stop", show_progress="hidden")
         for control in values:
             control.change(
                 contributions.draw,

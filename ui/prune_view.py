@@ -88,12 +88,10 @@ def prune_view() -> PruneView:
             dropped = gr.Textbox(
                 label="Dropped layers", placeholder="none, e.g. 13, 17", elem_id="dropped"
             )
+            count = gr.Slider(1, 12, value=3, step=1, label="k, how many layers to drop")
             with gr.Row():
-                count = gr.Slider(
-                    1, 12, value=3, step=1, label="Drop the k least needed", min_width=180
-                )
-                drop_least = gr.Button("Drop them", min_width=100, elem_id="drop-least")
-                keep_all = gr.Button("Keep all", min_width=100, elem_id="keep-all")
+                drop_least = gr.Button("Drop the k least needed", elem_id="drop-least")
+                keep_all = gr.Button("Keep all layers", elem_id="keep-all")
             predicted = gr.HTML(_prediction(Session()), elem_id="predicted")
             measure = gr.Button(
                 "Measure full and pruned model", variant="primary", elem_id="measure"
@@ -380,7 +378,8 @@ def _prediction(session: Session) -> str:
 def _recipe(session: Session) -> str:
     if session.model is None or not session.keep.any():
         return ""
-    return mergekit_yaml(session.model, session.keep)
+    location = session.workspace.model.location if session.workspace else None
+    return mergekit_yaml(session.model, session.keep, location)
 
 
 def _perplexity(value: float) -> str:

@@ -18,7 +18,7 @@ from ui.workspace import Workspace
 
 @dataclass(frozen=True)
 class Session:
-    """A visitor's model, results and selection; `workspace` is None for a study opened from file."""
+    """A visitor's model, results and selection; `workspace` is None for an opened study."""
 
     workspace: Workspace | None = None
     model: ModelInfo | None = None
@@ -80,7 +80,8 @@ class Session:
 
     def study(self) -> Study:
         analysis = self.need_analysis()
-        assert self.model is not None and self.text is not None
+        assert self.model is not None
+        assert self.text is not None
         return Study(analysis, self.model, self.text, self.comparisons)
 
 

@@ -77,7 +77,8 @@ class AppSettings:
         """Raises LayerShapError where visitors may not load this model."""
         if self.allowed_models is not None and source not in self.allowed_models:
             raise LayerShapError(
-                f"This dashboard's owner allows only these models: {', '.join(self.allowed_models)}."
+                "This dashboard's owner allows only these models: "
+                f"{', '.join(self.allowed_models)}."
             )
 
     @property

@@ -58,13 +58,10 @@ class SetupView:
     text_seed: gr.Number
     load: gr.Button
     preset: gr.Radio
-    evaluations: gr.Number
     strata: gr.Textbox
     utility: gr.Radio
     surrogate: gr.Dropdown
     seed: gr.Number
-    run: gr.Button
-    stop: gr.Button
 
     @property
     def load_inputs(self) -> list:
@@ -85,7 +82,7 @@ class SetupView:
 
     @property
     def run_inputs(self) -> list:
-        return [self.evaluations, self.strata, self.utility, self.surrogate, self.seed]
+        return [self.strata, self.utility, self.surrogate, self.seed]
 
 
 def setup_view(settings: AppSettings) -> SetupView:
@@ -131,16 +128,6 @@ def setup_view(settings: AppSettings) -> SetupView:
             load = gr.Button("Load model and text", variant="secondary")
         with gr.Column(min_width=300), gr.Group():
             preset = gr.Radio([RECOMMENDED, PUBLISHED], value=RECOMMENDED, label="3 · Analysis")
-            with gr.Row():
-                evaluations = gr.Number(
-                    defaults.evaluations,
-                    label="Evaluations",
-                    precision=0,
-                    minimum=1,
-                    min_width=120,
-                    elem_id="evaluations",
-                )
-                seed = gr.Number(defaults.seed, label="Seed", precision=0, min_width=120)
             strata = gr.Textbox(
                 label="Layers kept in a mask (strata)",
                 placeholder="scaled to the model's depth",
@@ -155,9 +142,7 @@ def setup_view(settings: AppSettings) -> SetupView:
                 surrogate = gr.Dropdown(
                     list(KINDS), value=defaults.surrogate, label="Surrogate", min_width=120
                 )
-            with gr.Row():
-                start = gr.Button("Analyse", variant="primary", elem_id="analyse")
-                stop = gr.Button("Stop", variant="stop", elem_id="stop")
+            seed = gr.Number(defaults.seed, label="Seed", precision=0, min_width=120)
     view = SetupView(
         model_from,
         model_source,
@@ -173,13 +158,10 @@ def setup_view(settings: AppSettings) -> SetupView:
         text_seed,
         load,
         preset,
-        evaluations,
         strata,
         utility,
         surrogate,
         seed,
-        start,
-        stop,
     )
     _show_what_applies(view)
     return view
@@ -289,7 +271,7 @@ def analyse_handler(
     strip: gr.HTML,
     draw: Any,
 ) -> Any:
-    """Handler that runs an analysis and streams partial results; `draw` makes the charts' updates."""
+    """Handler that runs an analysis, streaming partial results; `draw` makes charts' updates."""
 
     @guarded(status)
     def analyse(
@@ -341,8 +323,8 @@ def _summary(step: Any, current: Session) -> str:
         return f"Done: {step.done} masks measured. Every one is kept for next time."
     used = len(current.analysis.masks) if current.analysis else 0
     return (
-        f"Stopped: {step.done} of {step.total} masks measured and kept; the charts use the {used} of "
-        "whole rounds. Analyse again to go on from here."
+        f"Stopped: {step.done} of {step.total} masks measured and kept; the charts use the {used} "
+        "of whole rounds. Analyse again to go on from here."
     )
 
 

@@ -14,7 +14,7 @@ from ui.figures.style import number
 from ui.session import Session
 
 TEMPLATE = """
-<div class="ls-strip" role="group" aria-label="Layers: press to drop or keep" data-n="${value.layers.length}">
+<div class="ls-strip" role="group" aria-label="Layers: press to drop or keep">
 ${value.layers.map((l) =>
   '<button type="button" class="ls-layer' + (l.kept ? '' : ' ls-dropped') + '"'
   + ' data-layer="' + l.layer + '" data-about="' + l.about + '"'

@@ -53,7 +53,7 @@ class StudyView:
         }
         (folder / "study.json").write_text(study.to_json(), encoding="utf-8")
         for name, frame in frames.items():
-            frame.to_csv(folder / name, index=False)
+            (folder / name).write_text(study.to_csv(frame), encoding="utf-8")
         for button, (name, _) in zip(self.downloads, FILES, strict=True):
             updates[button] = gr.update(value=str(folder / name), interactive=True)
         updates[self.about] = _about(study)
@@ -65,7 +65,10 @@ def study_view(tab: gr.Tab) -> StudyView:
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=320):
             gr.Markdown("### Download")
-            read_line("Files carry the settings and versions that made them in the study's JSON.")
+            read_line(
+                "Every file names the model, text, settings and versions that made it; "
+                "a CSV does so in its first lines, after #."
+            )
             downloads = tuple(
                 gr.DownloadButton(
                     label, interactive=False, size="md", elem_id="get-" + name.replace(".", "-")
@@ -126,7 +129,7 @@ def cache_line() -> str:
     """Where the evaluation cache is and what it takes, as HTML."""
     try:
         cache = default_cache()
-        text = f"{len(cache):,} evaluations, {cache.size_bytes / 1e6:,.1f} MB, in {cache.folder}"
+        text = f"{len(cache):,} evaluations, {cache.size_bytes / 1e3:,.0f} KB, in {cache.folder}"
     except LayerShapError as error:
         text = str(error)
     return f'<p class="ls-read">{escape(text)}</p>'

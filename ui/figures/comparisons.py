@@ -10,8 +10,8 @@ from core.study import Comparison
 from ui.figures.style import ACCENT, CONTRAST, QUIET, base_figure
 
 HOW_TO_READ = (
-    "Lower is better: filled dots are measured on held-out text, hollow ones are what the surrogate "
-    "predicted for the calibration text, with the range of 90 % of unseen masks."
+    "Lower is better: filled dots are measured on held-out text, hollow ones are what the "
+    "surrogate predicted for the calibration text, with the range of 90 % of unseen masks."
 )
 
 
@@ -26,11 +26,14 @@ def comparison_chart(comparisons: Sequence[Comparison]) -> go.Figure:
         for c in comparisons
     ]
     if comparisons:
-        figure.add_hline(
-            y=comparisons[-1].held_out_full,
-            line={"color": QUIET, "dash": "dot", "width": 1},
-            annotation_text="full model, held-out",
-            annotation_position="top left",
+        full = comparisons[-1].held_out_full
+        figure.add_scatter(
+            name="full model, held-out",
+            x=[0, max(counts) + 1],
+            y=[full, full],
+            mode="lines",
+            line={"color": QUIET, "dash": "dot", "width": 1.5},
+            hovertemplate="full model, held-out %{y:.4g}<extra></extra>",
         )
     predicted = [
         (k, c)
@@ -63,8 +66,10 @@ def comparison_chart(comparisons: Sequence[Comparison]) -> go.Figure:
         hovertemplate="%{text}<extra></extra>",
     )
     figure.update_layout(
-        showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+        showlegend=True,
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        margin_t=40,
     )
-    figure.update_xaxes(dtick=1, rangemode="tozero")
-    figure.update_yaxes(type="log", nticks=6)
+    figure.update_xaxes(range=[0, max(counts, default=1) + 1], tickformat="d")
+    figure.update_yaxes(type="log", tickformat="~g", minor={"ticks": ""})
     return figure

@@ -30,9 +30,9 @@ GRAPH_HOW_TO_READ = (
     "other, orange below it stand in for each other."
 )
 PAIR_HOW_TO_READ = (
-    "Four measured utilities. If the last bar falls short of the dashed line, which is what the two "
-    "single drops add up to, the layers stand in for each other; if it passes the line, they need "
-    "each other."
+    "Four measured utilities. If the last bar falls short of the dashed line, which is what the "
+    "two single drops add up to, the layers stand in for each other; if it passes the line, "
+    "they need each other."
 )
 ARC_POINTS = 33
 
