@@ -63,8 +63,8 @@ def interaction_averages(
     single = np.eye(n, dtype=bool)
     double = single[first] | single[second]
     for kept, masks in _bases(n, bases, seed):
-        shape = (-1, len(masks))
         value = _values(surrogate, masks, utility)[:, :, None]
+        shape = value.shape[:2]
         one = _values(surrogate, _flipped(masks, single), utility).reshape(*shape, n)
         both = _values(surrogate, _flipped(masks, double), utility).reshape(*shape, len(first))
         sign = 1 - 2 * masks.astype(float)
@@ -103,7 +103,7 @@ class _Totals:
         means = self._sums / counts
         spread = np.maximum(self._squares / counts - means.mean(axis=0) ** 2, 0)
         shape = (self._cells, self._sizes)
-        return SizeAverages(means.reshape(-1, *shape), (spread / counts).reshape(shape))
+        return SizeAverages(means.reshape(len(means), *shape), (spread / counts).reshape(shape))
 
 
 def _bases(n: int, bases: dict[int, int], seed: int) -> list[tuple[int, Masks]]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from core.blocks import BlockStack, find_blocks
+from core.blocks import PROBE_TOKENS, BlockStack, find_blocks
 from core.bundled import bundled_folder, gguf_folder
 from core.errors import LayerShapError
 
@@ -36,6 +36,8 @@ HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Of one GPU's free memory, what activations and masks in flight may need besides the weights.
 GPU_RESERVE = 0.2
+# How far, of the largest logit, rounding may move a prediction when later tokens change.
+CAUSAL_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def describe(
     module.eval()
     _disable_rescaling(module)
     stack = find_blocks(module)
+    _check_causal(module)
     config = module.config.get_text_config()
     first = next(module.parameters())
     info = ModelInfo(
@@ -341,6 +344,23 @@ def _disable_rescaling(module: nn.Module) -> None:
     scaled = any(getattr(part, "layers_are_rescaled", False) for part in module.modules())
     if getattr(module.config, "rescale_every", 0) and not scaled:
         module.config.rescale_every = 0
+
+
+@torch.inference_mode()
+def _check_causal(module: PreTrainedModel) -> None:
+    """Refuse a model whose predictions look at tokens to come, such as BERT's."""
+    tokens = torch.arange(2 * PROBE_TOKENS, device=module.get_input_embeddings().weight.device)
+    changed = tokens.clone()
+    changed[PROBE_TOKENS:] = tokens[:PROBE_TOKENS]
+    first, second = (
+        module(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :PROBE_TOKENS].float()
+        for ids in (tokens, changed)
+    )
+    if (first - second).abs().max() > CAUSAL_TOLERANCE * first.abs().max():
+        raise LayerShapError(
+            f"{type(module).__name__} looks at the words to come, so it is not a causal language "
+            "model; choose a decoder-only model such as Llama, Qwen or Mistral."
+        )
 
 
 def _digest(name: str, tensor: Tensor) -> bytes:
