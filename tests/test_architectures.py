@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from tiny_models import FAMILIES, VOCABULARY, really_deleted, tiny
 
 from core.cache import EvaluationCache
 from core.errors import LayerShapError
@@ -13,6 +12,7 @@ from core.game import LayerGame
 from core.masks import leave_out
 from core.models import describe
 from core.pruning import prune, save_pruned
+from tiny_models import FAMILIES, VOCABULARY, really_deleted, tiny
 
 LAYERS = 5
 CUTS = [(), (0,), (4,), (2,), (1, 3), (0, 1, 2, 4), (0, 4)]

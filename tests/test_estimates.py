@@ -4,13 +4,6 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from games import (
-    TableGame,
-    additive_loss,
-    restricted_contribution,
-    restricted_interaction,
-    with_pairs,
-)
 
 from core.analysis import analyze
 from core.errors import LayerShapError
@@ -18,6 +11,13 @@ from core.estimates import estimate
 from core.masks import all_masks, default_strata, sample_masks
 from core.strata import mean_and_variance, shrink
 from core.surrogate import fit_surrogate
+from games import (
+    TableGame,
+    additive_loss,
+    restricted_contribution,
+    restricted_interaction,
+    with_pairs,
+)
 
 WEIGHTS = np.array([2.0, 0.9, 0.05, 0.1, 0.0, 0.3, 0.02, 0.6, 0.15, 0.15])
 N = len(WEIGHTS)

@@ -72,8 +72,8 @@ def interactions_view() -> InteractionsView:
     gr.Markdown("### The four utilities behind a pair")
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=260):
-            first = gr.Number(0, label="First layer", precision=0, minimum=0)
-            second = gr.Number(1, label="Second layer", precision=0, minimum=0)
+            first = gr.Number(0, label="First layer", precision=0)
+            second = gr.Number(1, label="Second layer", precision=0)
             measure = gr.Button("Measure this pair", elem_id="measure-pair")
         with gr.Column(scale=3, min_width=340):
             utilities = gr.Plot(empty_figure(NO_PAIR), show_label=False, elem_id="pair")

@@ -49,7 +49,6 @@ def build(settings: AppSettings) -> gr.Blocks:
                 AnalysisSettings().evaluations,
                 label="Evaluations",
                 precision=0,
-                minimum=1,
                 scale=0,
                 min_width=130,
                 elem_id="evaluations",

@@ -233,12 +233,13 @@ class PruneHandlers:
             self._session: session,
             self._view.figures: partly.table(),
             self._status: progress_bar("Timing both models", 0.7),
-            **self._view.draw_tried(session),
         }
         speeds = measure_speed(workspace.model, pruned)
         yield {
+            self._session: session,
             self._view.figures: _Measured(calibration, held_out, sizes, speeds).table(),
             self._status: news("Measured. The set is in the list of sets tried."),
+            **self._view.draw_tried(session),
         }
 
     def _go_on(

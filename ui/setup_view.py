@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -115,15 +116,9 @@ def setup_view(settings: AppSettings) -> SetupView:
                 WIKITEXT, label="Data set (owner/name:configuration:split)", visible=False
             )
             with gr.Row():
-                blocks = gr.Number(
-                    10, label="Calibration blocks", precision=0, minimum=1, min_width=120
-                )
-                held_out_blocks = gr.Number(
-                    10, label="Held-out blocks", precision=0, minimum=1, min_width=120
-                )
-                block_length = gr.Number(
-                    128, label="Tokens per block", precision=0, minimum=2, min_width=120
-                )
+                blocks = gr.Number(10, label="Calibration blocks", precision=0, min_width=120)
+                held_out_blocks = gr.Number(10, label="Held-out blocks", precision=0, min_width=120)
+                block_length = gr.Number(128, label="Tokens per block", precision=0, min_width=120)
                 text_seed = gr.Number(0, label="Text seed", precision=0, min_width=120)
             load = gr.Button("Load model and text", variant="secondary")
         with gr.Column(min_width=300), gr.Group():
@@ -202,8 +197,28 @@ def load_handler(
     """Handler that loads the chosen model and text into the session."""
 
     @guarded(status)
-    def load(*chosen: Any) -> Iterator[dict]:
-        model, text = _choices(settings, chosen)
+    def load(
+        model_from: str,
+        model_source: str,
+        revision: str,
+        device: str,
+        dtype: str,
+        text_from: str,
+        text_file: str | None,
+        text_set: str,
+        blocks: float,
+        block_length: float,
+        held_out_blocks: float,
+        seed: float,
+    ) -> Iterator[dict]:
+        model = _model_choice(settings, model_from, model_source, revision, device, dtype)
+        text = TextChoice(
+            _text_source(settings, text_from, text_file, text_set),
+            whole("Calibration blocks", blocks),
+            whole("Tokens per block", block_length),
+            whole("Held-out blocks", held_out_blocks),
+            whole("Text seed", seed),
+        )
         loaded = None
         for item in streamed(lambda report: workspaces.open(model, text, report)):
             if isinstance(item, tuple):
@@ -221,46 +236,29 @@ def load_handler(
     return load
 
 
-def _choices(settings: AppSettings, chosen: tuple) -> tuple[ModelChoice, TextChoice]:
-    (
-        model_from,
-        model_source,
-        revision,
-        device,
-        dtype,
-        text_from,
-        text_file,
-        text_set,
-        blocks,
-        block_length,
-        held_out_blocks,
-        seed,
-    ) = chosen
-    source = BUNDLED if model_from == FROM_BUNDLE else (model_source or "").strip()
-    if not source:
-        raise LayerShapError(f"Name the model: {HINTS[model_from]}.")
-    settings.check_model(source)
-    if model_from == FROM_GGUF and not source.lower().endswith(".gguf"):
-        raise LayerShapError(f"{source} does not end in .gguf; name a GGUF file.")
-    if text_from == TEXT_FILE and not text_file:
-        raise LayerShapError("Choose a text file to upload first.")
-    text = {
-        TEXT_BUNDLED: BUNDLED_TEXT,
-        TEXT_FILE: text_file,
-        TEXT_HUB: (text_set or "").strip(),
-    }[text_from]
-    if text_from == TEXT_HUB and not settings.local_files and text.startswith((".", "/", "~")):
-        raise LayerShapError("Name a Hugging Face data set, such as " + WIKITEXT + ".")
-    return (
-        ModelChoice(source, (revision or "").strip() or None, device, dtype),
-        TextChoice(
-            text,
-            whole("Calibration blocks", blocks),
-            whole("Tokens per block", block_length),
-            whole("Held-out blocks", held_out_blocks),
-            whole("Text seed", seed),
-        ),
-    )
+def _model_choice(
+    settings: AppSettings, came_from: str, source: str, revision: str, device: str, dtype: str
+) -> ModelChoice:
+    chosen = BUNDLED if came_from == FROM_BUNDLE else (source or "").strip()
+    if not chosen:
+        raise LayerShapError(f"Name the model: {HINTS[came_from]}.")
+    settings.check_model(chosen)
+    if came_from == FROM_GGUF and not chosen.lower().endswith(".gguf"):
+        raise LayerShapError(f"{chosen} does not end in .gguf; name a GGUF file.")
+    return ModelChoice(chosen, (revision or "").strip() or None, device, dtype)
+
+
+def _text_source(settings: AppSettings, came_from: str, file: str | None, data_set: str) -> str:
+    if came_from == TEXT_BUNDLED:
+        return BUNDLED_TEXT
+    if came_from == TEXT_FILE:
+        if not file:
+            raise LayerShapError("Choose a text file to upload first.")
+        return file
+    name = (data_set or "").strip()
+    if not name or (not settings.local_files and Path(name).expanduser().exists()):
+        raise LayerShapError(f"Name a Hugging Face data set, such as {WIKITEXT}.")
+    return name
 
 
 def analyse_handler(

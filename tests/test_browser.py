@@ -1,0 +1,261 @@
+"""The dashboard in a real browser, on the real 30-layer model: a user's whole path."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+pytestmark = [pytest.mark.browser, pytest.mark.bundled]
+
+ROOT = Path(__file__).parents[1]
+OUTPUT = Path(__file__).parent / "output"
+CHROMIUM = os.environ.get("LAYERSHAP_CHROMIUM", "/usr/bin/chromium")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+LAYERS = 30
+EVALUATIONS = 48
+# The machine may be busy: what is expected is waited for.
+expect.set_options(timeout=30_000)
+START_SECONDS, LOAD_MS, ANALYSE_MS, MEASURE_MS = 60, 180_000, 400_000, 180_000
+RELOAD = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+inputs = tokenizer("We the people", return_tensors="pt")
+written = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+print(model.config.num_hidden_layers, written.shape[1] - inputs["input_ids"].shape[1])
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(bundled_model, tmp_path_factory):
+    """Evaluations of our own, the model that is there already."""
+    from core.bundled import cache_root
+
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "models").symlink_to(cache_root() / "models")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(cache):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "LAYERSHAP_CACHE": str(cache)}
+    OUTPUT.mkdir(exist_ok=True)
+    with (OUTPUT / "app.log").open("w") as log:
+        app = subprocess.Popen(
+            [sys.executable, "app.py", "--port", str(port)],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+        app.terminate()
+        app.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+def open_page(browser, address, width=1440, height=1000, scheme="light"):
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme=scheme, accept_downloads=True
+    )
+    page = context.new_page()
+    page.errors = []
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.goto(address)
+    expect(page.locator("#status")).to_contain_text("Ready", timeout=LOAD_MS)
+    return page
+
+
+def tab(page: Page, name: str):
+    page.get_by_role("tab", name=name).click()
+
+
+def analyse(page: Page):
+    page.locator("#evaluations input").fill(str(EVALUATIONS))
+    page.locator("#analyse").click()
+
+
+def shot(page: Page, name: str):
+    page.wait_for_timeout(800)
+    page.screenshot(path=OUTPUT / f"{name}.png", full_page=True)
+
+
+@pytest.fixture(scope="module")
+def page(browser, address):
+    """One visitor's page, shared by the tests below, which follow one another."""
+    visitor = open_page(browser, address)
+    yield visitor
+    assert visitor.errors == []
+
+
+def layer(page: Page, number: int):
+    return page.locator(f'#layer-strip [data-layer="{number}"]')
+
+
+def test_the_page_opens_with_the_real_model(page):
+    expect(page.locator("#model-line")).to_contain_text("30 layers")
+    expect(page.locator("#layer-strip .ls-layer")).to_have_count(LAYERS)
+    shot(page, "start")
+
+
+def test_an_analysis_shows_progress_stops_and_goes_on(page):
+    analyse(page)
+    bar = page.get_by_role("progressbar")
+    expect(page.locator("#status")).to_contain_text(f"of {EVALUATIONS} masks", timeout=60_000)
+    expect(bar).to_have_attribute("aria-valuenow", re.compile(r"\d+"))
+    expect(page.locator("#status")).to_contain_text("left")
+    page.locator("#stop").click()
+    expect(page.locator("#status")).to_contain_text("Stopped", timeout=60_000)
+    expect(page.locator("#status")).to_contain_text("measured and kept")
+    analyse(page)
+    expect(page.locator("#status")).to_contain_text(f"Done: {EVALUATIONS}", timeout=ANALYSE_MS)
+
+
+def test_each_chart_holds_what_it_should(page):
+    expect(page.locator("#bars .bars .point")).to_have_count(LAYERS, timeout=30_000)
+    expect(page.locator("#bars .errorbar")).to_have_count(LAYERS)
+    expect(page.locator("#scatter .scatterlayer .point")).to_have_count(EVALUATIONS)
+    expect(page.locator("#heatmap .heatmaplayer image")).to_have_count(1)
+    expect(page.locator("#verdict")).to_contain_text("never saw")
+    assert "contribution" in layer(page, 0).get_attribute("aria-label")
+    shot(page, "contributions")
+    page.get_by_label("Shapley value (all sizes)").check()
+    expect(page.get_by_text("No masks this small were measured")).to_be_visible(timeout=20_000)
+
+
+def test_interactions_and_the_measured_pair(page):
+    tab(page, "Interactions")
+    expect(page.locator("#interaction-heatmap .heatmaplayer image")).to_have_count(1)
+    expect(page.locator("#interaction-graph .js-line")).to_have_count(12, timeout=20_000)
+    expect(page.locator("#interaction-graph .point")).to_have_count(LAYERS)
+    page.locator("#pairs td:visible").first.click()
+    page.locator("#measure-pair").click()
+    expect(page.locator("#status")).to_contain_text("four utilities measured", timeout=MEASURE_MS)
+    expect(page.locator("#pair .bars .point")).to_have_count(4)
+    shot(page, "interactions")
+
+
+def test_layers_are_dropped_by_mouse_and_by_keyboard(page):
+    tab(page, "Prune and compare")
+    layer(page, 13).click()
+    expect(layer(page, 13)).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#dropped textarea")).to_have_value("13")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Space")
+    expect(layer(page, 15)).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#dropped textarea")).to_have_value("13, 15")
+    page.keyboard.press("Home")
+    expect(layer(page, 0)).to_be_focused()
+    page.keyboard.press("End")
+    expect(layer(page, LAYERS - 1)).to_be_focused()
+    expect(page.locator("#predicted")).to_contain_text("predicted calibration perplexity")
+    assert "dropped" in layer(page, 15).get_attribute("aria-label")
+
+
+def test_a_cut_is_measured_and_listed(page):
+    page.locator("#measure").click()
+    expect(page.locator("#status")).to_contain_text("Measured.", timeout=MEASURE_MS)
+    rows = page.locator("#figures tbody tr")
+    expect(rows).to_have_count(7)
+    full, pruned = rows.nth(0).locator("td").all_inner_texts()[:2]
+    assert 10 < float(full) < float(pruned) < 1000
+    expect(page.locator("#tried-chart .scatterlayer .point")).to_have_count(2)
+    page.locator("#drop-least").click()
+    expect(page.locator("#dropped textarea")).not_to_have_value("13, 15")
+    page.locator("#continue").click()
+    expect(page.locator("#status")).to_contain_text("greedy", timeout=MEASURE_MS)
+    assert page.locator("#pruned-text textarea").input_value().strip()
+    shot(page, "prune")
+
+
+def test_the_saved_cut_loads_in_a_fresh_process(page, cache):
+    page.locator("#save-name textarea, #save-name input").fill("browser-cut")
+    page.locator("#save").click()
+    expect(page.locator("#status")).to_contain_text("Saved in", timeout=MEASURE_MS)
+    folder = cache / "pruned" / "browser-cut"
+    expect(page.locator("#recipe")).to_contain_text("passthrough")
+    output = subprocess.run(
+        [sys.executable, "-c", RELOAD, str(folder)], capture_output=True, text=True, check=True
+    ).stdout
+    assert output.split() == ["27", "5"]
+
+
+def test_wrong_input_is_one_sentence_in_the_page(page):
+    dropped = page.locator("#dropped textarea")
+    for text, sentence in (("99", "There is no layer 99"), ("x", "must be whole numbers")):
+        dropped.fill(text)
+        dropped.press("Enter")
+        expect(page.locator("#status [role=alert]")).to_contain_text(sentence)
+    page.locator("#evaluations input").fill("-5")
+    page.locator("#analyse").click()
+    expect(page.locator("#status [role=alert]")).to_contain_text("must be at least 1")
+    page.locator("#keep-all").click()
+    expect(dropped).to_have_value("")
+
+
+def test_a_study_is_downloaded_and_opened_by_somebody_else(page, browser, address, tmp_path):
+    tab(page, "Study")
+    button = page.locator("#get-study-json")
+    expect(button).to_be_enabled(timeout=30_000)
+    with page.expect_download() as download:
+        button.click()
+    saved = tmp_path / "study.json"
+    download.value.save_as(saved)
+    assert len(json.loads(saved.read_text())["measurements"]["masks"]) == EVALUATIONS
+    expect(page.locator("#cache")).to_contain_text("evaluations")
+    shot(page, "study")
+    other = open_page(browser, address, width=400, height=850, scheme="dark")
+    expect(layer(other, 13)).to_have_attribute("aria-pressed", "false")
+    other.locator("button.overflow-menu, .overflow-menu button").first.click()
+    other.get_by_role("button", name="Study").or_(
+        other.get_by_text("Study", exact=True)
+    ).last.click()
+    other.locator("#open-study input[type=file]").set_input_files(saved)
+    expect(other.locator("#status")).to_contain_text("Study opened", timeout=60_000)
+    expect(other.locator("#model-line")).to_contain_text("opened from a saved study")
+    shot(other, "study-narrow-dark")
+    assert other.errors == []
+
+
+def test_dark_and_narrow_pages_show_the_same_charts(browser, address):
+    for width, scheme in ((1440, "dark"), (400, "light")):
+        other = open_page(browser, address, width=width, scheme=scheme)
+        analyse(other)
+        expect(other.locator("#status")).to_contain_text("Done", timeout=ANALYSE_MS)
+        expect(other.locator("#bars .bars .point")).to_have_count(LAYERS, timeout=30_000)
+        overflow = other.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+        assert overflow <= 0
+        shot(other, f"contributions-{width}-{scheme}")
+        assert other.errors == []

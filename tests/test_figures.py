@@ -1,0 +1,157 @@
+"""Figures: pure functions of results; what is drawn, not how it looks."""
+
+import numpy as np
+import pytest
+
+from core.analysis import analyze
+from core.contributions import Contributions
+from core.interactions import Interactions
+from core.study import Comparison
+from games import with_pairs
+from ui.figures import (
+    comparison_chart,
+    contribution_bars,
+    contribution_heatmap,
+    empty_figure,
+    interaction_graph,
+    interaction_heatmap,
+    pair_utilities,
+    surrogate_scatter,
+)
+from ui.figures.interactions import strongest_pairs
+from ui.figures.style import layer_ticks, number, root_scale, signed_root
+
+
+def contributions(n, sizes=5):
+    rng = np.random.default_rng(n)
+    by_size = rng.normal(0.05, 0.1, (n, sizes))
+    return Contributions(
+        values=by_size.mean(axis=1),
+        errors=np.full(n, 0.02),
+        sizes=np.arange(n - sizes, n),
+        by_size=by_size,
+        by_size_errors=np.full((n, sizes), 0.03),
+        extrapolated=False,
+    )
+
+
+def interactions(n):
+    values = np.random.default_rng(n).normal(0, 0.1, (n, n))
+    values = np.triu(values, 1)
+    return Interactions(values + values.T, np.full((n, n), 0.05), np.arange(n - 1))
+
+
+@pytest.mark.parametrize("n", [6, 30, 80, 126])
+def test_one_bar_per_layer_the_most_needed_on_top(n):
+    shown = contributions(n)
+    [bars] = contribution_bars(shown, dropped={2}).data
+    assert len(bars.x) == n
+    assert list(bars.x) == sorted(bars.x)
+    assert bars.y[-1] == f"layer {np.argmax(shown.values)}"
+    np.testing.assert_allclose(bars.error_x.array, 1.96 * 0.02)
+    where = list(bars.y).index("layer 2")
+    assert [i for i, shape in enumerate(bars.marker.pattern.shape) if shape] == [where]
+    assert "layer 2 (dropped)" in bars.customdata[where]
+
+
+def test_bars_by_depth_start_with_the_first_layer():
+    [bars] = contribution_bars(contributions(8), sort="depth").data
+    assert list(bars.y) == [f"layer {layer}" for layer in range(7, -1, -1)]
+
+
+@pytest.mark.parametrize("n", [6, 30, 126])
+def test_the_heatmap_has_a_cell_per_layer_and_size_centred_on_zero(n):
+    [heat] = contribution_heatmap(contributions(n)).data
+    assert np.array(heat.z).shape == (5, n)
+    assert heat.zmin == -heat.zmax
+    assert heat.zmid == 0
+    assert "standard error" in heat.customdata[0][0]
+
+
+def test_colour_ticks_name_true_values():
+    values = np.array([-0.09, 0.5, 0.01])
+    scale = root_scale(values)
+    ticks = dict(zip(scale["colorbar"]["ticktext"], scale["colorbar"]["tickvals"], strict=True))
+    assert ticks["0.5"] == pytest.approx(np.sqrt(0.5)) == pytest.approx(scale["zmax"])
+    assert signed_root(-0.25) == -0.5
+    assert number(-0.12345) == "−0.123"
+
+
+def test_the_interaction_heatmap_is_symmetric_with_a_blank_diagonal():
+    [heat] = interaction_heatmap(interactions(30)).data
+    z = np.array(heat.z, dtype=float)
+    assert np.isnan(z.diagonal()).all()
+    np.testing.assert_array_equal(z, z.T)
+    assert heat.zmid == 0
+
+
+def test_the_strongest_pairs_are_listed_and_drawn_in_order():
+    given = interactions(12)
+    pairs = strongest_pairs(given, 7)
+    strengths = pairs["interaction"].abs().tolist()
+    assert strengths == sorted(strengths, reverse=True)
+    assert strengths[0] == pytest.approx(np.abs(given.values).max(), abs=1e-5)
+    figure = interaction_graph(given, strongest=7)
+    assert len(figure.data) == 8
+    arcs = figure.data[:7]
+    for arc, value in zip(arcs, pairs["interaction"], strict=True):
+        assert (max(arc.y) > 1e-6) == (value > 0)
+    assert arcs[0].line.width > arcs[-1].line.width
+    assert set(pairs["meaning"]) <= {
+        "need each other",
+        "stand in for each other",
+        "no clear interaction",
+    }
+
+
+def test_four_utilities_and_the_sum_of_the_parts():
+    figure = pair_utilities(3, 9, (1.0, 0.8, 0.7, 0.3))
+    assert list(figure.data[0].y) == [1.0, 0.8, 0.7, 0.3]
+    assert list(figure.data[0].x) == ["full model", "without 3", "without 9", "without both"]
+    assert figure.layout.shapes[0].y0 == pytest.approx(0.5)
+    assert "0.5" in figure.layout.annotations[0].text
+
+
+def test_the_scatter_shows_every_unseen_mask_against_its_prediction():
+    analysis = analyze(with_pairs(np.linspace(0.05, 0.6, 9), {(1, 2): 0.4}), evaluations=90)
+    line, dots = surrogate_scatter(analysis).data
+    assert len(dots.x) == 90
+    np.testing.assert_allclose(dots.x, np.exp(analysis.losses))
+    assert line.x == line.y
+
+
+def test_measured_and_predicted_sets_are_told_apart():
+    tried = [
+        Comparison((1, 2), 30.0, 25.0, 36.0, 20.0, 31.0, 22.0, 33.0, 100, 80),
+        Comparison((3,), None, None, None, 20.0, 21.0, 22.0, float("inf"), 100, 90),
+    ]
+    full, predicted, measured = comparison_chart(tried).data
+    assert full.y[0] == 22.0
+    assert list(predicted.x) == [2]
+    assert predicted.marker.symbol == "circle-open"
+    assert list(measured.x) == [2, 1]
+    assert "dropped 1, 2" in measured.text[0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_very_shallow_models_are_drawn(n):
+    analysis = analyze(with_pairs(np.linspace(0.2, 0.6, n), {}), evaluations=20)
+    for kind in (analysis.estimates.operating_range, analysis.estimates.shapley):
+        contribution_bars(kind)
+        contribution_heatmap(kind)
+    surrogate_scatter(analysis)
+    interaction_heatmap(analysis.estimates.interactions)
+    interaction_graph(analysis.estimates.interactions)
+    comparison_chart([])
+
+
+@pytest.mark.parametrize(("n", "most"), [(1, 16), (30, 16), (80, 16), (126, 16), (1000, 16)])
+def test_axis_labels_never_crowd(n, most):
+    ticks = layer_ticks(n)
+    assert ticks[0] == 0
+    assert len(ticks) <= most
+    assert max(ticks) < n
+
+
+def test_an_empty_figure_says_what_to_do():
+    assert empty_figure("Press Analyse").layout.annotations[0].text == "Press Analyse"
