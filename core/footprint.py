@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -71,8 +71,12 @@ def measure_speed(
 ) -> tuple[Speed, Speed]:
     """Time both models in turn on the same work; medians over `repeats`, after a warm-up.
 
-    The two alternate, so that whatever else the machine does falls on both.
+    The two alternate, so that whatever else the machine does falls on both. A prompt that would
+    not leave room for the new tokens in the context is shortened.
     """
+    context = full.info.context_length
+    if context is not None:
+        prompt_tokens = max(1, min(prompt_tokens, context - new_tokens - 1))
     seconds: dict[int, list[tuple[float, float]]] = {0: [], 1: []}
     for repeat in range(repeats + 1):
         for which, model in enumerate((full, pruned)):
@@ -95,21 +99,30 @@ def measure_speed(
 def _time_generation(
     model: LayeredModel, prompt_tokens: int, new_tokens: int
 ) -> tuple[float, float]:
+    """Seconds until the first token of one generation, and from there until the last."""
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    moments: list[float] = []
+
+    class Clock(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> torch.Tensor:
+            moments.append(_now(model))
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
     vocabulary = model.module.get_input_embeddings().weight.shape[0]
     prompt = (torch.arange(prompt_tokens, device=model.device) % vocabulary).unsqueeze(0)
-    moments = [_now(model)]
-    common = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    for count in (1, new_tokens + 1):
-        model.module.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            min_new_tokens=count,
-            max_new_tokens=count,
-            **common,
-        )
-        moments.append(_now(model))
-    prefill, whole = (later - earlier for earlier, later in pairwise(moments))
-    return prefill, max(whole - prefill, 1e-9)
+    start = _now(model)
+    model.module.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        min_new_tokens=new_tokens + 1,
+        max_new_tokens=new_tokens + 1,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        stopping_criteria=StoppingCriteriaList([Clock()]),
+    )
+    return moments[0] - start, moments[-1] - moments[0]
 
 
 def _now(model: LayeredModel) -> float:

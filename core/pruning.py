@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 import yaml
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+from safetensors import SafetensorError
 from torch import nn
 
-from core.blocks import BlockStack, copy_sharing_weights
+from core.blocks import PROBE_TOKENS, BlockStack, copy_sharing_weights
 from core.errors import LayerShapError
+from core.evaluation import Evaluator
 from core.game import check_masks
-from core.masks import dropped_layers
+from core.masks import dropped_layers, mask_key
 from core.models import LayeredModel, ModelInfo
 
 # Names under which blocks and their parts remember their own position.
-POSITION_NAMES = ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx")
+POSITION_NAMES = (
+    "layer_idx",
+    "layer_id",
+    "layer_number",
+    "layer_num",
+    "layer_index",
+    "block_idx",
+    "block_id",
+)
+# Attributes that say how a module is being used, not what it computes.
+USAGE_NAMES = ("training", "gradient_checkpointing")
 PROVENANCE_FILE = "layershap.json"
 
 
@@ -40,27 +56,21 @@ def prune(model: LayeredModel, keep: ArrayLike) -> LayeredModel:
 
     Raises:
         LayerShapError: no layer is kept, or this architecture cannot be described without the
-            dropped layers.
+            dropped layers, or computes something else once they are gone.
     """
-    [mask] = check_masks(keep, model.n_layers)
-    if not mask.any():
-        raise LayerShapError("No layers are kept; keep at least one.")
+    mask = _one_mask(keep, model.n_layers)
     kept = [layer for layer, stays in enumerate(mask) if stays]
     module = copy_sharing_weights(model.module)
     parent_path, _, name = model.stack.path.rpartition(".")
     parent = module.get_submodule(parent_path)
     blocks = nn.ModuleList(getattr(parent, name)[layer] for layer in kept)
     setattr(parent, name, blocks)
-    for position, block in enumerate(blocks):
-        for part in block.modules():
-            for attribute in POSITION_NAMES:
-                if isinstance(part.__dict__.get(attribute), int):
-                    setattr(part, attribute, position)
     config = _shortened_config(model, kept)
     for part in module.modules():
         if part.__dict__.get("config") is not None:
             part.config = _matching(part.config, config)
-    _check_describable(module)
+    _match_description(module, model.stack.path)
+    _check_same_function(model, mask, module)
     return LayeredModel(
         module,
         model.tokenizer,
@@ -72,6 +82,7 @@ def prune(model: LayeredModel, keep: ArrayLike) -> LayeredModel:
             n_layers=len(kept),
             parameters=sum(p.numel() for p in module.parameters()),
             block_parameters=tuple(model.info.block_parameters[layer] for layer in kept),
+            fingerprint=_fingerprint(model.info, mask),
         ),
     )
 
@@ -103,14 +114,16 @@ def save_pruned(
             pruned.module.save_pretrained(made)
             if pruned.tokenizer is not None:
                 pruned.tokenizer.save_pretrained(made)
-            (made / PROVENANCE_FILE).write_text(json.dumps(_provenance(model, keep), indent=1))
+            provenance = json.dumps(_provenance(model, keep), indent=1)
+            (made / PROVENANCE_FILE).write_text(provenance, encoding="utf-8")
             if folder.exists():
                 folder.rmdir()
             shutil.move(made, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise LayerShapError(
-            f"The pruned model could not be written to {folder} ({error.strerror or error}); free "
-            "some space or choose another place."
+            f"The pruned model could not be written to {folder} ({reason}); free some space or "
+            "choose another place."
         ) from error
     report("Saved", 1.0)
     return folder
@@ -125,20 +138,18 @@ def mergekit_yaml(info: ModelInfo, keep: ArrayLike, location: str | None = None)
     Raises:
         LayerShapError: no layer is kept.
     """
-    [mask] = check_masks(keep, info.n_layers)
-    if not mask.any():
-        raise LayerShapError("No layers are kept; keep at least one.")
+    mask = _one_mask(keep, info.n_layers)
     runs = [
         [layer for layer, _ in run]
         for kept, run in groupby(enumerate(mask), key=lambda item: bool(item[1]))
         if kept
     ]
+    model = location or info.source or info.name
     recipe = {
         "merge_method": "passthrough",
         "dtype": info.dtype,
         "slices": [
-            {"sources": [{"model": location or info.source, "layer_range": [run[0], run[-1] + 1]}]}
-            for run in runs
+            {"sources": [{"model": model, "layer_range": [run[0], run[-1] + 1]}]} for run in runs
         ],
     }
     return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=200)
@@ -153,6 +164,8 @@ def continue_prompt(
 ) -> Iterator[str]:
     """Continue a prompt greedily; yield the continuation so far, again after every word.
 
+    Generation ends early when `stop` says so or when the iterator is closed.
+
     Raises:
         LayerShapError: the prompt is empty, or leaves no room in the model's context.
     """
@@ -160,19 +173,23 @@ def continue_prompt(
 
     if model.tokenizer is None:
         raise LayerShapError("This model has no tokenizer, so it cannot continue text.")
-    inputs = model.tokenizer(prompt, return_tensors="pt").to(model.device)
+    encoded = model.tokenizer(prompt, return_tensors="pt").to(model.device)
+    # Some tokenizers return more, such as segment ids, which causal models refuse.
+    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}
     length, context = inputs["input_ids"].shape[1], model.info.context_length
     if length == 0:
         raise LayerShapError("The prompt is empty; type the beginning of a text.")
     if context is not None and length + max_new_tokens > context:
         raise LayerShapError(
             f"The prompt has {length} tokens; with {max_new_tokens} new ones that is more than "
-            f"this model's context of {context}."
+            f"this model's context of {context}; shorten it or ask for fewer."
         )
+
+    abandoned = Event()
 
     class Stop(StoppingCriteria):
         def __call__(self, input_ids: Any, scores: Any, **_: Any) -> torch.Tensor:
-            stopped = bool(stop and stop())
+            stopped = abandoned.is_set() or bool(stop and stop())
             return torch.full((len(input_ids),), stopped, device=input_ids.device)
 
     streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -195,12 +212,34 @@ def continue_prompt(
     thread = Thread(target=generate, daemon=True)
     thread.start()
     text = ""
-    for piece in streamer:
-        text += piece
-        yield text
-    thread.join()
+    try:
+        for piece in streamer:
+            text += piece
+            yield text
+    finally:
+        abandoned.set()
+        thread.join()
     if failures:
         raise failures[0]
+
+
+def _one_mask(keep: ArrayLike, n: int) -> NDArray[np.bool_]:
+    """A single mask, bool [n], that keeps something."""
+    masks = check_masks(keep, n)
+    if len(masks) != 1:
+        raise LayerShapError(f"There are {len(masks)} masks; a model is pruned by one.")
+    if not masks.any():
+        raise LayerShapError("No layers are kept; keep at least one.")
+    return masks[0]
+
+
+def _fingerprint(info: ModelInfo, mask: NDArray[np.bool_]) -> str:
+    """The cut's own fingerprint: measurements of different cuts must not be taken for each
+    other, and hashing the shared weights again would say no more."""
+    if mask.all():
+        return info.fingerprint
+    cut = f"{info.fingerprint}|{mask_key(mask)}".encode()
+    return hashlib.blake2b(cut, digest_size=16).hexdigest()
 
 
 def _shortened_config(model: LayeredModel, kept: list[int]) -> Any:
@@ -208,11 +247,21 @@ def _shortened_config(model: LayeredModel, kept: list[int]) -> Any:
     text = config.get_text_config()
     n = model.n_layers
     for name, value in list(vars(text).items()):
-        # A list as long as the model is deep describes its layers one by one.
-        if isinstance(value, list) and len(value) == n and not name.endswith("token_id"):
+        if not isinstance(value, list):
+            continue
+        if "layer" in name and _are_layer_numbers(value, n):
+            setattr(text, name, [kept.index(layer) for layer in value if layer in kept])
+        elif len(value) == n and not name.endswith("token_id"):
+            # A list as long as the model is deep describes its layers one by one.
             setattr(text, name, [value[layer] for layer in kept])
     text.num_hidden_layers = len(kept)
     return config
+
+
+def _are_layer_numbers(values: Sequence[Any], n: int) -> bool:
+    """Whether a list names some layers, such as those with experts, rather than describing all."""
+    numbers = all(type(value) is int and 0 <= value < n for value in values)
+    return numbers and all(first < second for first, second in pairwise(values))
 
 
 def _matching(current: Any, config: Any) -> Any:
@@ -223,31 +272,85 @@ def _matching(current: Any, config: Any) -> Any:
     return text if type(current) is type(text) else current
 
 
-def _check_describable(module: nn.Module) -> None:
-    """Build the architecture from the new configuration and see that it has the same weights."""
+def _match_description(module: nn.Module, path: str) -> None:
+    """Renumber the blocks under `path` as in a model built from the configuration alone.
+
+    What plain transformers will build from the saved files must have the same weights and, in its
+    blocks, the same settings.
+
+    Raises:
+        LayerShapError: it would not, because the architecture derives them from the position.
+    """
     message = (
         f"{type(module).__name__} derives what a layer is from its position, so this cut cannot be "
         "written as a model of its own; its measured perplexity still holds."
     )
+    config = module.config
     try:
+        saved = type(config).from_dict(json.loads(config.to_json_string()))
         with torch.device("meta"):
-            fresh = type(module)(deepcopy(module.config))
+            fresh = type(module)(saved)
     except Exception as error:
         raise LayerShapError(message) from error
-    shapes = [
-        {name: tuple(tensor.shape) for name, tensor in m.state_dict().items()}
-        for m in (fresh, module)
-    ]
-    if shapes[0] != shapes[1]:
+    if _shapes(fresh) != _shapes(module):
         raise LayerShapError(message)
+    described = dict(fresh.get_submodule(path).named_modules())
+    for name, part in module.get_submodule(path).named_modules():
+        if type(described.get(name)) is not type(part):
+            raise LayerShapError(message)
+        wanted = _settings(described[name])
+        for position in POSITION_NAMES:
+            if position in wanted:
+                setattr(part, position, wanted[position])
+        if _settings(part) != wanted:
+            raise LayerShapError(message)
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+def _settings(part: nn.Module) -> dict[str, Any]:
+    """The plain values a module was built with."""
+    return {
+        name: value
+        for name, value in vars(part).items()
+        if isinstance(value, bool | int | float | str | None)
+        and not name.startswith("_")
+        and name not in USAGE_NAMES
+    }
+
+
+@torch.inference_mode()
+def _check_same_function(model: LayeredModel, mask: NDArray[np.bool_], module: nn.Module) -> None:
+    """See on a few tokens that the pruned model runs, with its cache, and is what was measured.
+
+    Raises:
+        LayerShapError: it does not run, or its loss is not that of skipping the same layers.
+    """
+    tokens = torch.arange(PROBE_TOKENS, device=model.device).unsqueeze(0)
+    [(_, skipped)] = Evaluator(model, tokens, group=1).losses(mask[None])
+    try:
+        logits = module(input_ids=tokens, use_cache=True).logits.float()
+    except Exception as error:
+        raise LayerShapError(
+            f"{type(module).__name__} does not run with these layers alone "
+            f"({type(error).__name__}: {error}); keep another layer, such as one with attention."
+        ) from error
+    loss = float(F.cross_entropy(logits[0, :-1], tokens[0, 1:].to(logits.device)))
+    tolerance = max(1e-4, torch.finfo(module.dtype).eps)
+    if math.isfinite(skipped) and not math.isclose(loss, skipped, rel_tol=tolerance):
+        raise LayerShapError(
+            f"{type(module).__name__} computes something else once these layers are gone, so this "
+            "cut cannot be made a model of its own; its measured perplexity still holds."
+        )
 
 
 def _provenance(model: LayeredModel, keep: ArrayLike) -> dict[str, Any]:
-    [mask] = check_masks(keep, model.n_layers)
     return {
         "source": model.info.source or model.info.name,
         "revision": model.info.revision,
         "source_fingerprint": model.info.fingerprint,
         "source_layers": model.n_layers,
-        "dropped_layers": dropped_layers(mask),
+        "dropped_layers": dropped_layers(_one_mask(keep, model.n_layers)),
     }

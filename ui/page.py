@@ -40,6 +40,7 @@ def build(settings: AppSettings) -> gr.Blocks:
     workspaces, stops = Workspaces(), StopSignals()
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         session = gr.State(Session())
+        selection, tried = gr.State(()), gr.State(())
         gr.HTML(HEAD)
         model_line = gr.HTML(describe(Session()), elem_id="model-line")
         with gr.Accordion("Set-up: model, text and analysis settings", open=False):
@@ -71,71 +72,92 @@ def build(settings: AppSettings) -> gr.Blocks:
             with gr.Tab("Study") as study_tab:
                 study = study_view(study_tab)
 
+        values = [contributions.value, contributions.order]
+        shown = [session, selection, *values]
+        quiet = {"show_progress": "hidden", "api_visibility": "private"}
+        heavy = {"show_progress": "hidden"}
+
         def draw(current: Session, value: str, order: str) -> dict[Any, Any]:
-            n = current.n_layers
+            """Updates of all charts that follow from an analysis."""
             return {
                 **contributions.draw(current, value, order),
                 **interactions.draw(current),
-                **pruning.draw_selection(current),
-                pruning.count: gr.update(maximum=max(2, n - 1)),
+                pruning.count: gr.update(maximum=max(2, current.n_layers - 1)),
             }
 
+        def draw_results(
+            current: Session, dropped: tuple[int, ...], value: str, order: str
+        ) -> dict[Any, Any]:
+            """The charts and the prediction, for the selection as it is now."""
+            chosen = current.dropping(dropped)
+            return {
+                **draw(chosen, value, order),
+                pruning.predicted: pruning.draw_selection(chosen)[pruning.predicted],
+            }
+
+        def draw_all(
+            current: Session, dropped: tuple[int, ...], value: str, order: str
+        ) -> dict[Any, Any]:
+            chosen = current.dropping(dropped)
+            return {**draw(chosen, value, order), **pruning.draw_selection(chosen)}
+
+        def draw_marks(
+            current: Session, dropped: tuple[int, ...], value: str, order: str
+        ) -> tuple[Any, Any]:
+            """The charts that show which layers are dropped."""
+            chosen = current.dropping(dropped)
+            return (
+                contributions.draw(chosen, value, order)[contributions.bars],
+                interactions.draw(chosen)[interactions.graph],
+            )
+
         charts = list(draw(Session(), "", "").keys())
-        values = [contributions.value, contributions.order]
-        handlers = PruneHandlers(pruning, stops, session, status, strip)
-        quiet = {"show_progress": "hidden", "api_visibility": "private"}
+        chosen_views = [pruning.dropped, pruning.predicted, pruning.recipe]
+        results = [*charts, pruning.predicted]
+        everything = [*charts, *chosen_views]
+        tried_views = [pruning.chart, pruning.tried]
+        marks = [contributions.bars, interactions.graph]
+        handlers = PruneHandlers(pruning, stops, selection, tried, status, strip)
 
         # Set-up
-        load = load_handler(settings, workspaces, session, status, model_line, strip, setup.strata)
-        loaded = [session, status, model_line, strip, setup.strata]
-
-        def redraw(current: Session, value: str, order: str) -> dict[Any, Any]:
-            return {**draw(current, value, order), **pruning.draw_tried(current)}
-
-        tried = [pruning.chart, pruning.tried]
+        load = load_handler(
+            settings,
+            workspaces,
+            session,
+            status,
+            model_line,
+            strip,
+            setup.strata,
+            {selection: (), tried: (), **pruning.draw_tried(())},
+        )
+        loaded = [session, status, model_line, strip, setup.strata, selection, tried, *tried_views]
         for event in (
             setup.load.click(
-                load,
-                setup.load_inputs,
-                loaded,
-                concurrency_id=LOADING,
-                api_name="load",
-                show_progress="hidden",
+                load, setup.load_inputs, loaded, concurrency_id=LOADING, api_name="load", **heavy
             ),
             page.load(load, setup.load_inputs, loaded, concurrency_id=LOADING, **quiet),
         ):
-            event.then(redraw, [session, *values], charts + tried, **quiet)
+            event.then(draw_all, shown, everything, **quiet)
         setup.preset.change(
-            _preset,
-            [setup.preset, session],
-            [evaluations, setup.strata, setup.surrogate],
-            **quiet,
+            _preset, [setup.preset, session], [evaluations, setup.strata, setup.surrogate], **quiet
         )
 
         # Analysis
-        def draw_default(current: Session) -> dict[Any, Any]:
-            return draw(current, contributions.value.value, contributions.order.value)
-
         start.click(
-            analyse_handler(settings, stops, session, status, strip, draw_default),
-            [session, evaluations, *setup.run_inputs],
+            analyse_handler(settings, stops, session, status, strip, draw),
+            [session, evaluations, *setup.run_inputs, *values],
             [session, status, strip, *charts],
             concurrency_id=ANALYSING,
             api_name="analyze",
-            show_progress="hidden",
-        ).then(draw, [session, *values], charts, **quiet)
+            **heavy,
+        ).then(draw_results, shown, results, **quiet)
 
         def stop_work(request: gr.Request) -> None:
             stops.stop(request.session_hash)
 
-        stop.click(stop_work, None, None, queue=False, api_name="stop", show_progress="hidden")
+        stop.click(stop_work, None, None, queue=False, api_name="stop", **heavy)
         for control in values:
-            control.change(
-                contributions.draw,
-                [session, *values],
-                list(contributions.draw(Session(), "", "").keys()),
-                **quiet,
-            )
+            control.change(draw_results, shown, results, **quiet)
 
         # Interactions
         interactions.pairs.select(
@@ -147,81 +169,90 @@ def build(settings: AppSettings) -> gr.Blocks:
             [interactions.utilities, status],
             concurrency_id=MEASURING,
             api_name="pair",
-            show_progress="hidden",
+            **heavy,
         )
 
         # Prune and compare
-        selection = [session, pruning.dropped, pruning.predicted, pruning.recipe, status]
-        strip.select(handlers.clicked, session, selection, queue=False, **quiet)
-        pruning.dropped.submit(
-            handlers.typed,
-            [session, pruning.dropped],
-            [*selection, strip],
-            api_name="select",
-            show_progress="hidden",
-        )
-        pruning.drop_least.click(
-            handlers.drop_least,
-            [session, pruning.count],
-            [*selection, strip],
-            api_name="drop_least",
-            show_progress="hidden",
-        )
-        pruning.keep_all.click(handlers.keep_all, session, [*selection, strip], **quiet)
+        chosen = [selection, *chosen_views, status]
+        for event in (
+            strip.select(handlers.clicked, session, chosen, queue=False, **quiet),
+            pruning.dropped.submit(
+                handlers.typed,
+                [session, pruning.dropped],
+                [*chosen, strip],
+                api_name="select",
+                **heavy,
+            ),
+            pruning.drop_least.click(
+                handlers.drop_least,
+                [session, pruning.count],
+                [*chosen, strip],
+                api_name="drop_least",
+                **heavy,
+            ),
+            pruning.keep_all.click(handlers.keep_all, session, [*chosen, strip], **quiet),
+        ):
+            event.then(draw_marks, shown, marks, **quiet)
         pruning.measure.click(
             handlers.measure,
-            [session, pruning.dropped],
-            [session, status, pruning.figures, *tried],
+            [session, pruning.dropped, tried],
+            [tried, status, pruning.figures, *tried_views],
             concurrency_id=MEASURING,
             api_name="compare",
-            show_progress="hidden",
+            **heavy,
         )
         pruning.go_on.click(
             handlers.go_on,
-            [session, pruning.prompt, pruning.new_tokens],
+            [session, selection, pruning.prompt, pruning.new_tokens],
             [pruning.full_text, pruning.pruned_text, status],
             concurrency_id=MEASURING,
             api_name="continue_prompt",
-            show_progress="hidden",
+            **heavy,
         )
         pruning.save.click(
             handlers.save,
-            [session, pruning.name],
+            [session, selection, pruning.name],
             status,
             concurrency_id=MEASURING,
             api_name="save",
-            show_progress="hidden",
+            **heavy,
         )
 
         # Study
         study_files = [study.cache, study.about, *study.downloads]
-        study_tab.select(
-            study.draw, session, study_files, api_name="export", show_progress="hidden"
-        )
+        study_tab.select(study.draw, [session, tried], study_files, api_name="export", **heavy)
 
-        def show(current: Session) -> dict[Any, Any]:
+        def show(opened: Session) -> dict[Any, Any]:
+            """The whole page for a study that was opened."""
             return {
-                model_line: describe(current),
-                strip: strip_value(current),
-                **draw_default(current),
-                **pruning.draw_tried(current),
-                **study.draw(current),
+                selection: (),
+                tried: opened.comparisons,
+                model_line: describe(opened),
+                strip: gr.update(value=strip_value(opened), dropped=[]),
+                **draw(opened, contributions.value.value, contributions.order.value),
+                **pruning.draw_selection(opened),
+                **pruning.draw_tried(opened.comparisons),
+                **study.draw(opened, opened.comparisons),
             }
 
         study.upload.upload(
             open_handler(session, status, show),
             study.upload,
-            [session, status, model_line, strip, *charts, *tried, *study_files],
+            [
+                session,
+                selection,
+                tried,
+                status,
+                model_line,
+                strip,
+                *everything,
+                *tried_views,
+                *study_files,
+            ],
             api_name="open_study",
-            show_progress="hidden",
+            **heavy,
         )
-        study.clear.click(
-            clear_handler(study, status),
-            None,
-            [study.cache, status],
-            api_visibility="private",
-            show_progress="hidden",
-        )
+        study.clear.click(clear_handler(study, status), None, [study.cache, status], **quiet)
     page.queue(default_concurrency_limit=8)
     return page
 

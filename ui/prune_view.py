@@ -21,10 +21,10 @@ from core.study import Comparison
 from ui.figures import comparison_chart, empty_figure
 from ui.figures.comparisons import HOW_TO_READ
 from ui.parts import read_line
-from ui.session import Session, StopSignals
+from ui.session import Session, StopSignals, with_comparison
 from ui.setup_view import parse_layers, whole
 from ui.status import guarded, news, progress_bar, streamed
-from ui.strip import strip_value
+from ui.strip import strip_selection
 
 NOTHING_TRIED = "Drop some layers and press Measure: every set you try appears here."
 PROMPT = "The first thing a new government should do is"
@@ -61,9 +61,9 @@ class PruneView:
             self.recipe: _recipe(session),
         }
 
-    def draw_tried(self, session: Session) -> dict[Any, Any]:
+    def draw_tried(self, tried: tuple[Comparison, ...]) -> dict[Any, Any]:
         """Updates that show every set tried."""
-        if not session.comparisons:
+        if not tried:
             return {self.chart: empty_figure(NOTHING_TRIED), self.tried: []}
         rows = [
             [
@@ -74,9 +74,9 @@ class PruneView:
                 "" if c.predicted is None else _perplexity(c.predicted),
                 f"{c.parameters_pruned / 1e6:,.1f} M",
             ]
-            for c in sorted(session.comparisons, key=lambda c: (len(c.dropped), c.held_out_pruned))
+            for c in sorted(tried, key=lambda c: (len(c.dropped), c.held_out_pruned))
         ]
-        return {self.chart: comparison_chart(session.comparisons), self.tried: rows}
+        return {self.chart: comparison_chart(tried), self.tried: rows}
 
 
 def prune_view() -> PruneView:
@@ -164,12 +164,14 @@ class PruneHandlers:
         self,
         view: PruneView,
         stops: StopSignals,
-        session: gr.State,
+        selection: gr.State,
+        tried: gr.State,
         status: gr.HTML,
         strip: gr.HTML,
     ) -> None:
         self._view, self._stops = view, stops
-        self._session, self._status, self._strip = session, status, strip
+        self._selection, self._tried = selection, tried
+        self._status, self._strip = status, strip
         guard = guarded(status)
         self.clicked = guard(self._clicked)
         self.typed = guard(self._typed)
@@ -184,7 +186,7 @@ class PruneHandlers:
         if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
             raise LayerShapError("The strip sent something that is not a list of layers.")
         chosen = session.dropping(tuple(layers))
-        yield {self._session: chosen, **self._view.draw_selection(chosen)}
+        yield {self._selection: chosen.dropped, **self._view.draw_selection(chosen)}
 
     def _typed(self, session: Session, text: str) -> Iterator[dict]:
         yield self._select(session, parse_layers("Dropped layers", text or ""))
@@ -206,12 +208,14 @@ class PruneHandlers:
     def _select(self, session: Session, layers: tuple[int, ...]) -> dict:
         chosen = session.dropping(layers)
         return {
-            self._session: chosen,
-            self._strip: strip_value(chosen),
+            self._selection: chosen.dropped,
+            self._strip: strip_selection(chosen),
             **self._view.draw_selection(chosen),
         }
 
-    def _measure(self, session: Session, text: str) -> Iterator[dict]:
+    def _measure(
+        self, session: Session, text: str, tried: tuple[Comparison, ...]
+    ) -> Iterator[dict]:
         session = session.dropping(parse_layers("Dropped layers", text or ""))
         workspace = session.need_workspace()
         keep = session.keep
@@ -227,24 +231,30 @@ class PruneHandlers:
         held_out = _full_and_pruned(workspace.held_out, keep)
         pruned = prune(workspace.model, keep)
         sizes = footprint(workspace.model), footprint(pruned)
-        session = session.compared(_comparison(session, keep, calibration, held_out, sizes))
+        tried = with_comparison(tried, _comparison(session, keep, calibration, held_out, sizes))
         partly = _Measured(calibration, held_out, sizes)
         yield {
-            self._session: session,
+            self._tried: tried,
             self._view.figures: partly.table(),
             self._status: progress_bar("Timing both models", 0.7),
         }
         speeds = measure_speed(workspace.model, pruned)
         yield {
-            self._session: session,
+            self._tried: tried,
             self._view.figures: _Measured(calibration, held_out, sizes, speeds).table(),
             self._status: news("Measured. The set is in the list of sets tried."),
-            **self._view.draw_tried(session),
+            **self._view.draw_tried(tried),
         }
 
     def _go_on(
-        self, session: Session, prompt: str, count: float, request: gr.Request
+        self,
+        session: Session,
+        selection: tuple[int, ...],
+        prompt: str,
+        count: float,
+        request: gr.Request,
     ) -> Iterator[dict]:
+        session = session.dropping(selection)
         workspace = session.need_workspace()
         new_tokens = whole("New tokens", count)
         if not 1 <= new_tokens <= MAX_NEW_TOKENS:
@@ -265,7 +275,8 @@ class PruneHandlers:
                 yield {box: text}
         yield {self._status: news("Both continuations are greedy: the likeliest word each time.")}
 
-    def _save(self, session: Session, name: str) -> Iterator[dict]:
+    def _save(self, session: Session, selection: tuple[int, ...], name: str) -> Iterator[dict]:
+        session = session.dropping(selection)
         workspace = session.need_workspace()
         if not FOLDER_NAME.fullmatch(name or ""):
             raise LayerShapError(

@@ -18,7 +18,11 @@ from ui.workspace import Workspace
 
 @dataclass(frozen=True)
 class Session:
-    """A visitor's model, results and selection; `workspace` is None for an opened study."""
+    """A visitor's model, results and selection; `workspace` is None for an opened study.
+
+    On the page the selection and the sets tried are states of their own, because clicks and
+    measurements go on while an analysis writes its results; handlers put them together.
+    """
 
     workspace: Workspace | None = None
     model: ModelInfo | None = None
@@ -58,10 +62,9 @@ class Session:
         leave_out(self.n_layers, layers)
         return replace(self, dropped=tuple(sorted(set(layers))))
 
-    def compared(self, comparison: Comparison) -> Session:
-        """With one more comparison; a set tried again replaces its earlier figures."""
-        others = tuple(c for c in self.comparisons if c.dropped != comparison.dropped)
-        return replace(self, comparisons=(*others, comparison))
+    def having_tried(self, comparisons: tuple[Comparison, ...]) -> Session:
+        """The same session with these sets tried."""
+        return replace(self, comparisons=comparisons)
 
     def need_workspace(self) -> Workspace:
         if self.workspace is None:
@@ -83,6 +86,13 @@ class Session:
         assert self.model is not None
         assert self.text is not None
         return Study(analysis, self.model, self.text, self.comparisons)
+
+
+def with_comparison(
+    tried: tuple[Comparison, ...], comparison: Comparison
+) -> tuple[Comparison, ...]:
+    """The sets tried and one more; a set tried again replaces its earlier figures."""
+    return (*(c for c in tried if c.dropped != comparison.dropped), comparison)
 
 
 class StopSignals:

@@ -193,8 +193,12 @@ def load_handler(
     model_line: gr.HTML,
     strip: gr.HTML,
     strata: gr.Textbox,
+    fresh: dict[Any, Any],
 ) -> Any:
-    """Handler that loads the chosen model and text into the session."""
+    """Handler that loads the chosen model and text into the session.
+
+    `fresh` holds what else a new model resets: selection and sets tried.
+    """
 
     @guarded(status)
     def load(
@@ -229,7 +233,8 @@ def load_handler(
             session: loaded,
             status: news("Ready. Analyse the layers, or choose some to drop and measure."),
             model_line: describe(loaded),
-            strip: strip_value(loaded),
+            strip: gr.update(value=strip_value(loaded), dropped=[]),
+            **fresh,
             strata: ", ".join(map(str, default_strata(loaded.n_layers))),
         }
 
@@ -279,6 +284,8 @@ def analyse_handler(
         utility: str,
         surrogate: str,
         seed: float,
+        average: str,
+        order: str,
         request: gr.Request,
     ) -> Iterator[dict]:
         workspace = current.need_workspace()
@@ -299,7 +306,11 @@ def analyse_handler(
         for step in run(workspace.calibration, chosen, stop.is_set):
             if step.analysis is not None:
                 current = replace(current, analysis=step.analysis)
-                yield {session: current, strip: strip_value(current), **draw(current)}
+                yield {
+                    session: current,
+                    strip: gr.update(value=strip_value(current)),
+                    **draw(current, average, order),
+                }
             elif time.monotonic() - shown < REFRESH_SECONDS:
                 continue
             shown = time.monotonic()

@@ -16,10 +16,11 @@ from ui.session import Session
 TEMPLATE = """
 <div class="ls-strip" role="group" aria-label="Layers: press to drop or keep">
 ${value.layers.map((l) =>
-  '<button type="button" class="ls-layer' + (l.kept ? '' : ' ls-dropped') + '"'
-  + ' data-layer="' + l.layer + '" data-about="' + l.about + '"'
-  + ' aria-pressed="' + (l.kept ? 'false' : 'true') + '"'
-  + ' aria-label="Layer ' + l.layer + ', ' + (l.kept ? 'kept' : 'dropped') + l.about + '"'
+  '<button type="button" class="ls-layer' + (dropped.includes(l.layer) ? ' ls-dropped' : '') + '"'
+  + ' data-layer="' + l.layer + '""'
+  + ' aria-pressed="' + dropped.includes(l.layer) + '"'
+  + ' aria-label="Layer ' + l.layer
+  + (dropped.includes(l.layer) ? ', dropped' : ', kept') + l.about + '"'
   + ' title="Layer ' + l.layer + l.about + '"'
   + ' tabindex="' + (l.layer === 0 ? 0 : -1) + '"'
   + ' style="--level:' + l.level + '">' + l.layer + '</button>').join('')}
@@ -30,6 +31,7 @@ ${value.layers.map((l) =>
 # Roving tabindex: one stop for Tab, arrow keys inside (WAI-ARIA toolbar pattern).
 SCRIPT = """
 let focused = 0;
+let held = false;
 const buttons = () => Array.from(element.querySelectorAll('.ls-layer'));
 const focusOn = (index) => {
   const all = buttons();
@@ -38,21 +40,19 @@ const focusOn = (index) => {
   all.forEach((b, i) => { b.tabIndex = i === focused ? 0 : -1; });
   all[focused].focus();
 };
-const toggle = (button) => {
-  const dropped = button.classList.toggle('ls-dropped');
-  button.setAttribute('aria-pressed', dropped ? 'true' : 'false');
-  button.setAttribute('aria-label', 'Layer ' + button.dataset.layer
-    + (dropped ? ', dropped' : ', kept') + button.dataset.about);
-  trigger('select', {
-    dropped: buttons().filter((b) => b.classList.contains('ls-dropped'))
-      .map((b) => Number(b.dataset.layer)),
-  });
-};
 element.addEventListener('click', (event) => {
   const button = event.target.closest('.ls-layer');
   if (!button) return;
-  focusOn(buttons().indexOf(button));
-  toggle(button);
+  const layer = Number(button.dataset.layer);
+  const before = props.dropped;
+  const after = before.includes(layer)
+    ? before.filter((other) => other !== layer)
+    : [...before, layer].sort((a, b) => a - b);
+  held = true;
+  focused = buttons().indexOf(button);
+  props.dropped = after;
+  trigger('select', { dropped: after });
+  requestAnimationFrame(() => focusOn(focused));
 });
 element.addEventListener('keydown', (event) => {
   const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
@@ -62,10 +62,9 @@ element.addEventListener('keydown', (event) => {
   else return;
   event.preventDefault();
 });
-let held = false;
 element.addEventListener('focusin', () => { held = true; });
 element.addEventListener('focusout', (event) => { if (event.relatedTarget) held = false; });
-watch('value', () => { if (held) focusOn(focused); });
+watch(['value', 'dropped'], () => { if (held) focusOn(focused); });
 """
 
 
@@ -76,13 +75,16 @@ def layer_strip() -> gr.HTML:
         js_on_load=SCRIPT,
         apply_default_css=False,
         elem_id="layer-strip",
+        dropped=[],
     )
 
 
 def strip_value(session: Session) -> dict[str, Any]:
-    """What the strip shows: per layer whether it is kept, and its contribution once known."""
+    """What the strip shows of each layer: its number and, once known, its contribution.
+
+    Which layers are dropped is not part of it: see `strip_selection`.
+    """
     n = session.n_layers
-    dropped = set(session.dropped)
     if session.analysis is None:
         levels, about = np.zeros(n), [""] * n
     else:
@@ -92,12 +94,12 @@ def strip_value(session: Session) -> dict[str, Any]:
         about = [f", contribution {number(value)}" for value in values]
     return {
         "layers": [
-            {
-                "layer": layer,
-                "kept": layer not in dropped,
-                "level": round(float(levels[layer]), 3),
-                "about": about[layer],
-            }
+            {"layer": layer, "level": round(float(levels[layer]), 3), "about": about[layer]}
             for layer in range(n)
         ]
     }
+
+
+def strip_selection(session: Session) -> dict[str, Any]:
+    """Update of the strip's dropped layers, leaving the rest of it as it is."""
+    return gr.update(dropped=list(session.dropped))

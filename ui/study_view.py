@@ -13,7 +13,7 @@ import gradio as gr
 
 from core.cache import default_cache
 from core.errors import LayerShapError
-from core.study import Study
+from core.study import Comparison, Study
 from ui.parts import read_line
 from ui.session import Session
 from ui.status import guarded, news, progress_bar
@@ -37,12 +37,12 @@ class StudyView:
     cache: gr.HTML
     clear: gr.Button
 
-    def draw(self, session: Session) -> dict[Any, Any]:
+    def draw(self, session: Session, tried: tuple[Comparison, ...]) -> dict[Any, Any]:
         """Write the session's files for download, and say what made them."""
         updates: dict[Any, Any] = {self.cache: cache_line()}
         if session.analysis is None:
             return updates
-        study = session.study()
+        study = session.having_tried(tried).study()
         # The page's server only hands out files from the temporary folder.
         folder = Path(tempfile.mkdtemp(prefix="layershap-"))
         frames = {
