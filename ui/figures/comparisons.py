@@ -10,8 +10,8 @@ from core.study import Comparison
 from ui.figures.style import ACCENT, CONTRAST, QUIET, base_figure
 
 HOW_TO_READ = (
-    "Lower is better: filled dots are measured on held-out text, hollow ones are what the "
-    "surrogate predicted for the calibration text, with the range of 90 % of unseen masks."
+    "Lower is better. Blue dots, on held-out text, are what counts; a diamond is the measured "
+    "calibration perplexity, to compare with its hollow prediction and 90 % range."
 )
 
 
@@ -55,6 +55,15 @@ def comparison_chart(comparisons: Sequence[Comparison]) -> go.Figure:
             "color": CONTRAST,
         },
         hovertemplate="predicted %{y:.4s}<extra></extra>",
+    )
+    figure.add_scatter(
+        name="measured, calibration",
+        x=counts,
+        y=[c.calibration_pruned for c in comparisons],
+        mode="markers",
+        marker={"size": 6, "color": CONTRAST, "symbol": "diamond"},
+        text=hover,
+        hovertemplate="%{text}<extra></extra>",
     )
     figure.add_scatter(
         name="measured, held-out",
