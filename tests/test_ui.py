@@ -17,6 +17,7 @@ from core.errors import LayerShapError
 from ui.page import build
 from ui.session import Session, StopSignals
 from ui.settings import AppSettings
+from ui.setup_view import TEXT_HUB, _text_source
 from ui.status import alert, duration, guarded, progress_bar, streamed
 from ui.strip import strip_value
 
@@ -301,3 +302,9 @@ def test_each_tab_has_its_own_stop():
 
 def test_the_strip_is_empty_before_a_model_is_loaded():
     assert strip_value(Session()) == {"layers": []}
+
+
+@pytest.mark.parametrize("name", ["/etc", "/etc:default:train", "README.md", "core:x", "", "~"])
+def test_a_public_space_reads_no_file_of_its_own_machine(name):
+    with pytest.raises(LayerShapError, match="Name a Hugging Face data set"):
+        _text_source(AppSettings.read([], {"SPACE_ID": "x"}), TEXT_HUB, None, name)

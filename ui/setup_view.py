@@ -261,7 +261,7 @@ def _text_source(settings: AppSettings, came_from: str, file: str | None, data_s
             raise LayerShapError("Choose a text file to upload first.")
         return file
     name = (data_set or "").strip()
-    if not name or (not settings.local_files and Path(name).expanduser().exists()):
+    if not name or (not settings.local_files and Path(name.split(":")[0]).expanduser().exists()):
         raise LayerShapError(f"Name a Hugging Face data set, such as {WIKITEXT}.")
     return name
 
