@@ -1,6 +1,8 @@
 """Runs from settings to result: exactness, rounds, stop, resume, determinism, saved studies."""
 
 import json
+import subprocess
+import sys
 from itertools import combinations
 from math import factorial
 
@@ -252,3 +254,38 @@ def test_a_damaged_study_is_one_sentence(game, damage):
 def test_a_file_that_is_no_study_is_one_sentence(text):
     with pytest.raises(LayerShapError):
         Study.from_json(text)
+
+
+KILLED = """
+import sys, torch
+from core.analysis import AnalysisSettings, run
+from core.cache import EvaluationCache
+from core.game import LayerGame
+from core.models import describe
+from transformers import LlamaConfig, LlamaForCausalLM
+torch.manual_seed(0)
+model = describe(LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32,
+    num_hidden_layers=8, num_attention_heads=2)))
+game = LayerGame(model, torch.arange(24).reshape(2, 12), EvaluationCache(sys.argv[1]))
+for step in run(game, AnalysisSettings(evaluations=90)):
+    print(step.stage, step.done, flush=True)
+"""
+
+
+def test_a_killed_process_loses_at_most_the_evaluation_in_flight(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    told = 0
+    for line in process.stdout:
+        if line.startswith("Measuring layer masks"):
+            told = int(line.split()[-1])
+        if told >= 37:
+            process.kill()
+            break
+    process.wait()
+    assert len(EvaluationCache(tmp_path)) >= told + 1  # and the full model
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "Done 90"

@@ -160,9 +160,11 @@ def test_interactions_and_the_measured_pair(page):
     expect(page.locator("#interaction-graph .js-line")).to_have_count(12, timeout=20_000)
     expect(page.locator("#interaction-graph .point")).to_have_count(LAYERS)
     page.locator('#pairs [data-row="0"]').first.click()
-    page.locator("#measure-pair").click()
     expect(page.locator("#status")).to_contain_text("four utilities measured", timeout=MEASURE_MS)
     expect(page.locator("#pair .bars .point")).to_have_count(4)
+    page.get_by_label("Second layer").fill("17")
+    page.locator("#measure-pair").click()
+    expect(page.locator("#status")).to_contain_text("and 17: four utilities", timeout=MEASURE_MS)
     shot(page, "interactions")
 
 

@@ -31,7 +31,8 @@ HEAD = (
     '<div class="ls-head"><h1>LayerShap</h1>'
     "<p>What is each layer of a language model worth, and what does it cost to drop it?</p></div>"
 )
-# Jobs of one kind queue among themselves, so quick ones never wait behind an analysis.
+# Jobs of one kind run one at a time and queue among themselves: each uses the whole machine, and
+# quick ones never wait behind an analysis.
 LOADING, ANALYSING, MEASURING = "loading", "analysing", "measuring"
 
 
@@ -75,7 +76,8 @@ def build(settings: AppSettings) -> gr.Blocks:
         values = [contributions.value, contributions.order]
         shown = [session, selection, *values]
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        heavy = {"show_progress": "hidden"}
+        # The status line shows the place in the queue, and for how long work has gone on.
+        heavy = {"show_progress": "minimal", "show_progress_on": status}
 
         def draw(current: Session, value: str, order: str) -> dict[Any, Any]:
             """Updates of all charts that follow from an analysis."""
@@ -133,9 +135,22 @@ def build(settings: AppSettings) -> gr.Blocks:
         loaded = [session, status, model_line, strip, setup.strata, selection, tried, *tried_views]
         for event in (
             setup.load.click(
-                load, setup.load_inputs, loaded, concurrency_id=LOADING, api_name="load", **heavy
+                load,
+                setup.load_inputs,
+                loaded,
+                concurrency_id=LOADING,
+                concurrency_limit=1,
+                api_name="load",
+                **heavy,
             ),
-            page.load(load, setup.load_inputs, loaded, concurrency_id=LOADING, **quiet),
+            page.load(
+                load,
+                setup.load_inputs,
+                loaded,
+                concurrency_id=LOADING,
+                concurrency_limit=1,
+                **quiet,
+            ),
         ):
             event.then(draw_all, shown, everything, **quiet)
         setup.preset.change(
@@ -148,6 +163,7 @@ def build(settings: AppSettings) -> gr.Blocks:
             [session, evaluations, *setup.run_inputs, *values],
             [session, status, strip, *charts],
             concurrency_id=ANALYSING,
+            concurrency_limit=1,
             api_name="analyze",
             **heavy,
         ).then(draw_results, shown, results, **quiet)
@@ -155,22 +171,23 @@ def build(settings: AppSettings) -> gr.Blocks:
         def stop_work(request: gr.Request) -> None:
             stops.stop(request.session_hash)
 
-        stop.click(stop_work, None, None, queue=False, api_name="stop", **heavy)
+        stop.click(stop_work, None, None, queue=False, api_name="stop", show_progress="hidden")
         for control in values:
             control.change(draw_results, shown, results, **quiet)
 
         # Interactions
+        pair = {
+            "fn": pair_handler(interactions, status),
+            "inputs": [session, interactions.first, interactions.second],
+            "outputs": [interactions.utilities, status],
+            "concurrency_id": MEASURING,
+            "concurrency_limit": 1,
+            **heavy,
+        }
         interactions.pairs.select(
             chosen_pair, interactions.pairs, [interactions.first, interactions.second], **quiet
-        )
-        interactions.measure.click(
-            pair_handler(interactions, status),
-            [session, interactions.first, interactions.second],
-            [interactions.utilities, status],
-            concurrency_id=MEASURING,
-            api_name="pair",
-            **heavy,
-        )
+        ).then(**pair, api_visibility="private")
+        interactions.measure.click(**pair, api_name="pair")
 
         # Prune and compare
         chosen = [selection, *chosen_views, status]
@@ -198,6 +215,7 @@ def build(settings: AppSettings) -> gr.Blocks:
             [session, pruning.dropped, tried],
             [tried, status, pruning.figures, *tried_views],
             concurrency_id=MEASURING,
+            concurrency_limit=1,
             api_name="compare",
             **heavy,
         )
@@ -206,6 +224,7 @@ def build(settings: AppSettings) -> gr.Blocks:
             [session, selection, pruning.prompt, pruning.new_tokens],
             [pruning.full_text, pruning.pruned_text, status],
             concurrency_id=MEASURING,
+            concurrency_limit=1,
             api_name="continue_prompt",
             **heavy,
         )
@@ -214,13 +233,16 @@ def build(settings: AppSettings) -> gr.Blocks:
             [session, selection, pruning.name],
             status,
             concurrency_id=MEASURING,
+            concurrency_limit=1,
             api_name="save",
             **heavy,
         )
 
         # Study
         study_files = [study.cache, study.about, *study.downloads]
-        study_tab.select(study.draw, [session, tried], study_files, api_name="export", **heavy)
+        study_tab.select(
+            study.draw, [session, tried], study_files, api_name="export", show_progress="hidden"
+        )
 
         def show(opened: Session) -> dict[Any, Any]:
             """The whole page for a study that was opened."""
