@@ -304,7 +304,9 @@ def test_the_strip_is_empty_before_a_model_is_loaded():
     assert strip_value(Session()) == {"layers": []}
 
 
-@pytest.mark.parametrize("name", ["/etc", "/etc:default:train", "README.md", "core:x", "", "~"])
+@pytest.mark.parametrize(
+    "name", ["/etc", "/etc:default:train", "README.md", "core:x", "", "~", "~nobody", "x" * 9999]
+)
 def test_a_public_space_reads_no_file_of_its_own_machine(name):
     with pytest.raises(LayerShapError, match="Name a Hugging Face data set"):
         _text_source(AppSettings.read([], {"SPACE_ID": "x"}), TEXT_HUB, None, name)

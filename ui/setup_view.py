@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ HINTS = {
     FROM_FOLDER: "a folder with config.json and .safetensors files",
     FROM_GGUF: "a file ending in .gguf",
 }
+HUB_DATA_SET = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(:[\w.-]+){0,2}")
 # The page is told of progress at most this often.
 REFRESH_SECONDS = 0.25
 
@@ -261,7 +263,8 @@ def _text_source(settings: AppSettings, came_from: str, file: str | None, data_s
             raise LayerShapError("Choose a text file to upload first.")
         return file
     name = (data_set or "").strip()
-    if not name or (not settings.local_files and Path(name.split(":")[0]).expanduser().exists()):
+    named_on_hub = HUB_DATA_SET.fullmatch(name)
+    if not settings.local_files and (named_on_hub is None or Path(named_on_hub["id"]).exists()):
         raise LayerShapError(f"Name a Hugging Face data set, such as {WIKITEXT}.")
     return name
 

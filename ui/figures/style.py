@@ -23,8 +23,9 @@ DIVERGING = [
     [0.75, "rgba(74, 132, 226, 0.75)"],
     [1.0, "rgb(20, 80, 190)"],
 ]
-# Ordered, and apart for every common colour blindness: from few kept layers to many.
-SEQUENTIAL = "Cividis"
+# From few kept layers to many; as readable on a dark page as on a light one, and apart for every
+# common colour blindness.
+SEQUENTIAL = [[0.0, CONTRAST], [0.5, QUIET], [1.0, ACCENT]]
 COLOUR_BAR = {"thickness": 10, "outlinewidth": 0, "len": 0.9}
 
 
