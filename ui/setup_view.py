@@ -38,7 +38,7 @@ HINTS = {
     FROM_FOLDER: "a folder with config.json and .safetensors files",
     FROM_GGUF: "a file ending in .gguf",
 }
-HUB_DATA_SET = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(:[\w.-]+){0,2}")
+HUB_DATA_SET = re.compile(r"(?P<id>\w[\w.-]{0,95}(/\w[\w.-]{0,95})?)(:[\w.-]+){0,2}")
 # The page is told of progress at most this often.
 REFRESH_SECONDS = 0.25
 
