@@ -266,14 +266,6 @@ def run(
             return
 
 
-def estimated_again(analysis: Analysis, **changes: object) -> Analysis:
-    """The same measurements under changed estimation settings (utility, surrogate)."""
-    settings = replace(analysis.settings, **changes)
-    return _estimated(
-        settings, analysis.masks, analysis.losses, analysis.full_loss, analysis.planned
-    )
-
-
 def from_measurements(
     settings: AnalysisSettings,
     masks: Masks,

@@ -10,7 +10,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -82,11 +82,6 @@ class Study:
     comparisons: tuple[Comparison, ...] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: installed_versions())
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-
-    def with_comparison(self, comparison: Comparison) -> Study:
-        """This study with one more comparison; the same dropped set is kept once, the latest."""
-        others = [c for c in self.comparisons if c.dropped != comparison.dropped]
-        return replace(self, comparisons=(*others, comparison))
 
     def to_json(self) -> str:
         """The study as a JSON document; `from_json` reads it back."""
@@ -210,6 +205,13 @@ class Study:
         ]
         names = [f.name for f in fields(Comparison)] + ["count"]
         return pd.DataFrame(rows, columns=names)
+
+
+def with_comparison(
+    tried: tuple[Comparison, ...], comparison: Comparison
+) -> tuple[Comparison, ...]:
+    """The sets tried and one more; a set tried again replaces its earlier figures."""
+    return (*(c for c in tried if c.dropped != comparison.dropped), comparison)
 
 
 def installed_versions() -> dict[str, str]:

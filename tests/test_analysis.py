@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations
 from math import factorial
 
@@ -16,7 +17,7 @@ from core.errors import LayerShapError
 from core.game import LayerGame
 from core.masks import all_masks
 from core.models import describe
-from core.study import Comparison, Study, TextInfo
+from core.study import Comparison, Study, TextInfo, with_comparison
 from core.text import TextBlocks
 
 N = 8
@@ -199,7 +200,7 @@ def study_of(game):
     text = TextBlocks(game.tokens, game.tokens + 1, "made up")
     analysis = analyze(game, evaluations=40)
     comparison = Comparison((2, 5), 40.0, 30.0, 50.0, 20.0, 41.0, 21.0, float("inf"), 100, 90)
-    return Study(analysis, game.model.info, TextInfo.of(text)).with_comparison(comparison)
+    return Study(analysis, game.model.info, TextInfo.of(text), (comparison,))
 
 
 def test_a_saved_study_opens_to_the_same_numbers(game):
@@ -215,9 +216,10 @@ def test_a_saved_study_opens_to_the_same_numbers(game):
 
 
 def test_trying_a_set_again_replaces_it(game):
-    study = study_of(game)
-    repeated = study.with_comparison(study.comparisons[0])
-    assert repeated.comparisons == study.comparisons
+    [first] = study_of(game).comparisons
+    other = replace(first, dropped=(1,))
+    again = replace(first, predicted=7.0)
+    assert with_comparison((first, other), again) == (other, again)
 
 
 def test_tables_hold_a_row_per_layer_pair_and_mask(game):

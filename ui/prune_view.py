@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import gradio as gr
@@ -13,15 +12,16 @@ import numpy as np
 
 from core.bundled import cache_root
 from core.errors import LayerShapError
-from core.footprint import Footprint, Speed, footprint, measure_speed
+from core.footprint import Footprint, footprint, measure_speed
 from core.game import LayerGame
 from core.masks import dropped_layers
 from core.pruning import continue_prompt, mergekit_yaml, prune, save_pruned
-from core.study import Comparison
+from core.study import Comparison, with_comparison
 from ui.figures import comparison_chart, empty_figure
 from ui.figures.comparisons import HOW_TO_READ
+from ui.measured import MeasuredFigures, perplexity_text
 from ui.parts import read_line
-from ui.session import Session, StopSignals, with_comparison
+from ui.session import Session, StopSignals
 from ui.setup_view import parse_layers, whole
 from ui.status import guarded, news, progress_bar, streamed
 from ui.strip import strip_selection
@@ -69,9 +69,9 @@ class PruneView:
             [
                 len(c.dropped),
                 ", ".join(map(str, c.dropped)),
-                _perplexity(c.held_out_pruned),
-                _perplexity(c.calibration_pruned),
-                "" if c.predicted is None else _perplexity(c.predicted),
+                perplexity_text(c.held_out_pruned),
+                perplexity_text(c.calibration_pruned),
+                "" if c.predicted is None else perplexity_text(c.predicted),
                 f"{c.parameters_pruned / 1e6:,.1f} M",
             ]
             for c in sorted(tried, key=lambda c: (len(c.dropped), c.held_out_pruned))
@@ -223,7 +223,7 @@ class PruneHandlers:
             raise LayerShapError("No layers are kept; keep at least one.")
         yield {self._status: progress_bar("Measuring calibration perplexity", 0.1)}
         calibration = _full_and_pruned(workspace.calibration, keep)
-        partly = _Measured(calibration=calibration)
+        partly = MeasuredFigures(calibration=calibration)
         yield {
             self._view.figures: partly.table(),
             self._status: progress_bar("Measuring held-out perplexity", 0.4),
@@ -232,7 +232,7 @@ class PruneHandlers:
         pruned = prune(workspace.model, keep)
         sizes = footprint(workspace.model), footprint(pruned)
         tried = with_comparison(tried, _comparison(session, keep, calibration, held_out, sizes))
-        partly = _Measured(calibration, held_out, sizes)
+        partly = MeasuredFigures(calibration, held_out, sizes)
         yield {
             self._tried: tried,
             self._view.figures: partly.table(),
@@ -241,7 +241,7 @@ class PruneHandlers:
         speeds = measure_speed(workspace.model, pruned)
         yield {
             self._tried: tried,
-            self._view.figures: _Measured(calibration, held_out, sizes, speeds).table(),
+            self._view.figures: MeasuredFigures(calibration, held_out, sizes, speeds).table(),
             self._status: news("Measured. The set is in the list of sets tried."),
             **self._view.draw_tried(tried),
         }
@@ -292,52 +292,6 @@ class PruneHandlers:
                 yield {self._status: news(f"Saved in {item}")}
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """Pairs of figures, full and pruned; None where not measured yet."""
-
-    calibration: tuple[float, float] | None = None
-    held_out: tuple[float, float] | None = None
-    sizes: tuple[Footprint, Footprint] | None = None
-    speeds: tuple[Speed, Speed] | None = None
-
-    def table(self) -> str:
-        rows = [
-            _row("Held-out perplexity", self.held_out, _perplexity),
-            _row("Calibration perplexity", self.calibration, _perplexity),
-            _row("Parameters", _of(self.sizes, "parameters"), lambda v: f"{v / 1e6:,.1f} M"),
-            _row("Weights in memory", _of(self.sizes, "weight_bytes"), _bytes),
-            _row("Key/value cache per token", _of(self.sizes, "cache_bytes"), _bytes),
-            _row("Reading a prompt", _of(self.speeds, "prefill"), lambda v: f"{v:,.0f} tokens/s"),
-            _row("Writing", _of(self.speeds, "decode"), lambda v: f"{v:,.1f} tokens/s"),
-        ]
-        return (
-            '<table class="ls-figures"><thead><tr><th scope="col">Measured</th>'
-            '<th scope="col">Full</th><th scope="col">Pruned</th><th scope="col">Change</th></tr>'
-            f"</thead><tbody>{''.join(rows)}</tbody></table>"
-        )
-
-
-def _row(name: str, pair: tuple | None, show: Any) -> str:
-    if pair is None:
-        cells = ["…", "…", ""]
-    elif None in pair:
-        cells = ["none", "none", ""]
-    else:
-        full, pruned = pair
-        change = f"{(pruned / full - 1) * 100:+.1f} %" if np.isfinite(pruned) else ""
-        cells = [show(full), show(pruned), change.replace("-", "−")]
-    return (
-        f'<tr><th scope="row">{name}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        + "</tr>"
-    )
-
-
-def _of(pair: tuple | None, field: str) -> tuple | None:
-    return None if pair is None else tuple(getattr(each, field) for each in pair)
-
-
 def _full_and_pruned(game: LayerGame, keep: np.ndarray) -> tuple[float, float]:
     full, pruned = game.perplexity(np.array([np.ones_like(keep), keep]))
     return float(full), float(pruned)
@@ -373,16 +327,17 @@ def _prediction(session: Session) -> str:
     if not session.keep.any():
         return '<p class="ls-read">No layers are kept; keep at least one.</p>'
     analysis = session.analysis
-    full = f"full model {_perplexity(float(np.exp(analysis.full_loss)))}, measured"
+    full = f"full model {perplexity_text(float(np.exp(analysis.full_loss)))}, measured"
     if not session.dropped:
         return f'<p class="ls-predicted">Nothing dropped: {full}.</p>'
     predicted, low, high = (float(v[0]) for v in analysis.predict_perplexity(session.keep))
     outside = session.keep.sum() < min(analysis.settings.strata)
     warning = " Fewer layers are kept than in any measured mask: a guess." if outside else ""
     return (
-        f'<p class="ls-predicted"><strong>{_perplexity(predicted)}</strong>'
+        f'<p class="ls-predicted"><strong>{perplexity_text(predicted)}</strong>'
         "<span>predicted calibration perplexity</span>"
-        f'<span class="ls-quiet">90 % range {_perplexity(low)} to {_perplexity(high)}; {full}.'
+        f'<span class="ls-quiet">90 % range {perplexity_text(low)} to {perplexity_text(high)}; '
+        f"{full}."
         f"{warning}</span></p>"
     )
 
@@ -392,17 +347,3 @@ def _recipe(session: Session) -> str:
         return ""
     location = session.workspace.model.location if session.workspace else None
     return mergekit_yaml(session.model, session.keep, location)
-
-
-def _perplexity(value: float) -> str:
-    if not np.isfinite(value):
-        return "not finite"
-    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if value < 1000:
-            return f"{value:,.1f} {unit}"
-        value /= 1000
-    return f"{value:,.2f} GB"

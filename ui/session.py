@@ -88,13 +88,6 @@ class Session:
         return Study(analysis, self.model, self.text, self.comparisons)
 
 
-def with_comparison(
-    tried: tuple[Comparison, ...], comparison: Comparison
-) -> tuple[Comparison, ...]:
-    """The sets tried and one more; a set tried again replaces its earlier figures."""
-    return (*(c for c in tried if c.dropped != comparison.dropped), comparison)
-
-
 class StopSignals:
     """One stop signal per browser tab."""
 
