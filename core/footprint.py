@@ -71,7 +71,7 @@ def measure_speed(
     repeats: int = 4,
     stop: Callable[[], bool] | None = None,
 ) -> tuple[Speed, Speed]:
-    """Time both models in turn on the same work; medians over `repeats`, after a warm-up.
+    """Time both models in turn on the same work; the fastest of `repeats`, after a warm-up.
 
     The two alternate, so that whatever else the machine does falls on both. A prompt that would
     not leave room for the new tokens in the context is shortened.
