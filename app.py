@@ -9,11 +9,13 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 # that spin take the cores from the one that works.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from core.allocator import keep_freed_memory
 from core.errors import LayerShapError
 from ui import launch
 from ui.settings import AppSettings
 
 if __name__ == "__main__":
+    keep_freed_memory()
     try:
         launch(AppSettings.read())
     except LayerShapError as error:

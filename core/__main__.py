@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from core.allocator import keep_freed_memory
 from core.analysis import AnalysisProgress, AnalysisSettings, run
 from core.errors import LayerShapError
 from core.game import LayerGame
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _analyze(options: argparse.Namespace) -> None:
+    keep_freed_memory()
     if not options.out.parent.is_dir():
         raise LayerShapError(f"There is no folder {options.out.parent} to write the study to.")
     model = load_model(

@@ -67,16 +67,33 @@ def find_blocks(module: nn.Module) -> BlockStack:
     return max(stacks, key=lambda stack: _count_parameters(stack.blocks))
 
 
-def shell_of(module: nn.Module, stack: BlockStack) -> tuple[nn.Module, StandIns]:
-    """A structural copy of `module`, weights shared, with stand-ins where the blocks were.
+@dataclass(frozen=True)
+class TakenApart:
+    """Copies of a model's parts, weights shared, that run one by one.
+
+    The shell is everything around the blocks, with stand-ins in their places.
+    """
+
+    shell: nn.Module
+    stand_ins: StandIns
+    blocks: tuple[nn.Module, ...]
+
+
+def take_apart(
+    module: nn.Module, stack: BlockStack, prepare: Callable[[nn.Module], None]
+) -> TakenApart:
+    """Copy `module` but for its weights, `prepare` the copy, and part its blocks from the rest.
 
     The original is untouched, so it stays usable from other threads.
     """
     shell = copy_sharing_weights(module)
+    prepare(shell)
     stand_ins = StandIns(stack)
     parent_path, _, name = stack.path.rpartition(".")
-    setattr(shell.get_submodule(parent_path), name, nn.ModuleList(stand_ins.modules))
-    return shell, stand_ins
+    parent = shell.get_submodule(parent_path)
+    blocks = tuple(getattr(parent, name))
+    setattr(parent, name, nn.ModuleList(stand_ins.modules))
+    return TakenApart(shell, stand_ins, blocks)
 
 
 def copy_sharing_weights(module: nn.Module) -> nn.Module:
@@ -100,6 +117,7 @@ class StandIns:
         self.calls: list[BlockCall] = []
         self.entry: Tensor | None = None
         self._local = threading.local()
+        self._recording = threading.Lock()
         self.modules = [
             _StandIn(block, returned, self)
             for block, returned in zip(stack.blocks, stack.returns, strict=True)
@@ -116,10 +134,11 @@ class StandIns:
 
     def record(self, run: Callable[[], Any]) -> tuple[Tensor, list[BlockCall]]:
         """Run the shell; return what enters the first block, and every block's call."""
-        self.calls, self.entry = [], None
-        run()
-        calls, entry = self.calls, self.entry
-        self.calls, self.entry = [], None
+        with self._recording:
+            self.calls, self.entry = [], None
+            run()
+            calls, entry = self.calls, self.entry
+            self.calls, self.entry = [], None
         assert entry is not None
         return entry, calls
 

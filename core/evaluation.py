@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.blocks import BlockCall, hidden_of, shell_of
+from core.blocks import BlockCall, hidden_of
 from core.errors import LayerShapError
 from core.masks import Masks
 from core.models import LayeredModel
@@ -30,8 +30,9 @@ from core.models import LayeredModel
 STEP_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
 # Masks walked together, as a multiple of the group: enough that padding costs little.
 CHUNK_GROUPS = 64
-# Tokens whose logits are held at once; more only costs memory.
-HEAD_TOKENS = {"cpu": 128, "mps": 1024, "cuda": 4096}
+# Tokens whose logits are computed at once, and the share of the memory budget they may take.
+HEAD_TOKENS = {"cpu": 256, "mps": 4096, "cuda": 16384}
+HEAD_SHARE = 0.25
 # Bytes of float32 logits at once: on a CPU few enough to stay in its cache.
 SOFTMAX_BYTES = {"cpu": 4 << 20, "mps": 256 << 20, "cuda": 1 << 30}
 # Share of the free memory left to everything else.
@@ -40,7 +41,16 @@ MEMORY_RESERVE = 0.4
 
 @dataclass(frozen=True)
 class Plan:
-    """How an evaluation is cut up: rows of text, masks and states at once."""
+    """How an evaluation is cut up.
+
+    Attributes:
+        rows: blocks of text evaluated at once.
+        group: masks' states in one block execution.
+        chunk: masks walked together.
+        head_rows: rows of final states, of one mask or of several, whose logits are computed at
+            once.
+        memory_budget: bytes that hidden states and logits may take.
+    """
 
     rows: int
     group: int
@@ -71,7 +81,7 @@ class Evaluator:
     ) -> None:
         self.model = model
         self.tokens = tokens.to(model.device)
-        self._shell, self._stand_ins = shell_of(model.module, model.stack)
+        self._shell, self._stand_ins = model.taken_apart.shell, model.taken_apart.stand_ins
         self.plan = _plan(model, self.tokens, memory_budget, group)
         self._recordings: dict[tuple[int, int], tuple[Tensor, list[BlockCall]]] = {}
         self._recording = threading.Lock()
@@ -98,6 +108,19 @@ class Evaluator:
                 self._shrink(error)
             pending = pending[done:]
 
+    def hidden_states(self) -> list[Tensor]:
+        """The unpruned model's residual stream before each block and after the last.
+
+        n + 1 tensors [blocks, length, hidden].
+        """
+        shards = []
+        for start in range(0, len(self.tokens), self.plan.rows):
+            states = [self.recording(start, 1)[0]]
+            for layer in range(self.model.n_layers):
+                states += self.run_block(layer, states[-1:], start)
+            shards.append(states)
+        return [torch.cat(parts) for parts in zip(*shards, strict=True)]
+
     def _walk(self, masks: Masks, order: NDArray[np.intp]) -> Iterator[tuple[int, float]]:
         totals = np.zeros(len(order))
         for start in range(0, len(self.tokens), self.plan.rows):
@@ -105,27 +128,41 @@ class Evaluator:
             walk = _PrefixWalk(self, start)
             for first in range(0, len(order), self.plan.chunk):
                 part = order[first : first + self.plan.chunk]
-                states = walk.advance(masks[part])
-                for offset, row in enumerate(part):
-                    totals[first + offset] += self._summed_loss(states[offset], start)
+                losses = self._summed_losses(walk.advance(masks[part]), start)
+                for offset, (row, loss) in enumerate(zip(part, losses, strict=True), first):
+                    totals[offset] += loss
                     if last_shard:
-                        yield int(row), self._mean(totals[first + offset])
+                        yield int(row), self._mean(totals[offset])
 
     def _mean(self, total: float) -> float:
         loss = total / (self.tokens.shape[0] * (self.tokens.shape[1] - 1))
         return float(loss) if np.isfinite(loss) else float("inf")
 
+    def _summed_losses(self, states: list[Tensor], start: int) -> Iterator[float]:
+        """Summed NLL of final hidden states, each [rows, length, hidden], over their tokens.
+
+        Steps have a fixed shape: several masks' rows at once, or a part of one mask's.
+        """
+        rows = len(states[0])
+        text = self.tokens[start : start + rows]
+        together = max(1, self.plan.head_rows // rows)
+        for first in range(0, len(states), together):
+            step = states[first : first + together]
+            padded = step + [step[-1]] * (together - len(step))
+            batch = padded[0] if together == 1 else torch.cat(padded)
+            losses = self._row_losses(batch, text.repeat(together, 1))
+            yield from losses.view(together, rows).sum(dim=1)[: len(step)].tolist()
+
     @torch.inference_mode()
-    def _summed_loss(self, state: Tensor, start: int) -> float:
-        """Summed NLL of a final hidden state [rows, length, hidden], float64 over tokens."""
-        rows = self.tokens[start : start + len(state)]
-        total = torch.zeros((), dtype=torch.float64, device=rows.device)
+    def _row_losses(self, state: Tensor, text: Tensor) -> Tensor:
+        """Summed NLL of each row of text, float64 [rows] on the CPU."""
+        losses = []
         for first in range(0, len(state), self.plan.head_rows):
-            text = rows[first : first + self.plan.head_rows]
-            with self._stand_ins.injecting(state[first : first + self.plan.head_rows]):
-                logits = self._shell(input_ids=text, use_cache=False).logits
-            total += _summed_cross_entropy(logits[:, :-1], text[:, 1:]).to(total.device)
-        return float(total)
+            part = slice(first, first + self.plan.head_rows)
+            with self._stand_ins.injecting(state[part]):
+                logits = self._shell(input_ids=text[part], use_cache=False).logits
+            losses.append(_summed_cross_entropy(logits[:, :-1], text[part, 1:]))
+        return torch.cat(losses)
 
     @torch.inference_mode()
     def recording(self, start: int, copies: int) -> tuple[Tensor, list[BlockCall]]:
@@ -148,7 +185,9 @@ class Evaluator:
             step = states[first : first + group]
             padded = step + [step[-1]] * (group - len(step))
             batch = padded[0] if group == 1 else torch.cat(padded)
-            output = hidden_of(self.model.blocks[layer](batch, *call.args, **call.kwargs))
+            output = hidden_of(
+                self.model.taken_apart.blocks[layer](batch, *call.args, **call.kwargs)
+            )
             results += [output] if group == 1 else output.chunk(group)[: len(step)]
         share = len(states[0]) / len(self.tokens) if states else 0.0
         self.layer_executions += len(states) * share
@@ -174,16 +213,18 @@ class Evaluator:
 
 
 def _summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum in float64 of each token's NLL; logits [rows, tokens, vocabulary] in any dtype."""
+    """Each row's summed NLL, float64 [rows] on the CPU; logits [rows, tokens, vocabulary]."""
     flat = logits.flatten(0, 1)
     wanted = targets.flatten().to(flat.device)
     step = max(1, SOFTMAX_BYTES.get(flat.device.type, 256 << 20) // (4 * flat.shape[1]))
-    total = torch.zeros((), dtype=torch.float64, device=flat.device)
-    for first in range(0, len(flat), step):
-        part = slice(first, first + step)
-        per_token = F.cross_entropy(flat[part].float(), wanted[part], reduction="none")
-        total += per_token.sum(dtype=torch.float64)
-    return total
+    per_token = torch.cat(
+        [
+            F.cross_entropy(part.float(), target, reduction="none")
+            for part, target in zip(flat.split(step), wanted.split(step), strict=True)
+        ]
+    )
+    # Not every device knows float64.
+    return per_token.cpu().view(targets.shape).sum(dim=1, dtype=torch.float64)
 
 
 class _PrefixWalk:
@@ -238,9 +279,12 @@ def _plan(model: LayeredModel, tokens: Tensor, budget: int | None, group: int | 
     # Worst case for one mask alone: a distinct state after every layer, and one step in flight.
     rows = max(1, min(blocks, budget // (row_bytes * (model.n_layers + 4))))
     group = group or max(1, STEP_TOKENS.get(kind, 4096) // (rows * length))
-    capacity = budget // (row_bytes * rows) - model.n_layers - 4 * group
+    capacity = int(budget * (1 - HEAD_SHARE)) // (row_bytes * rows) - model.n_layers - 4 * group
     chunk = 1 if group == 1 else max(1, min(CHUNK_GROUPS * group, capacity // 2))
-    head_rows = max(1, min(rows, HEAD_TOKENS.get(kind, 1024) // length))
+    vocabulary = model.module.get_input_embeddings().weight.shape[0]
+    logits_bytes = length * vocabulary * weight.element_size()
+    head_tokens = HEAD_TOKENS.get(kind, 1024)
+    head_rows = max(1, min(head_tokens // length, int(budget * HEAD_SHARE) // logits_bytes))
     return Plan(rows, min(group, chunk), chunk, head_rows, budget)
 
 

@@ -13,15 +13,17 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from core.blocks import PROBE_TOKENS, BlockStack, find_blocks
+from core.blocks import PROBE_TOKENS, BlockStack, TakenApart, find_blocks, take_apart
 from core.bundled import bundled_folder, gguf_folder
 from core.errors import LayerShapError
+from core.packing import pack_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,6 +79,11 @@ class LayeredModel:
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
         return self.stack.blocks
+
+    @cached_property
+    def taken_apart(self) -> TakenApart:
+        """The model's parts, ready to be run one by one, as every evaluation does."""
+        return take_apart(self.module, self.stack, pack_linears)
 
     @property
     def blocks_path(self) -> str:

@@ -5,7 +5,8 @@
 (c) LayerShap: skip, and compute every shared prefix once.
 
 (a) and (b) cost the same for every mask of a stratum, so they are timed on a sample of the masks
-spread over all strata; (c) is timed on all of them.
+spread over all strata; (c) is timed on all of them. Where (c) runs in a smaller dtype, (a) is
+timed in float32 as well, and perplexities of the two dtypes are compared.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from core.allocator import keep_freed_memory
 from core.evaluation import Evaluator
 from core.masks import sample_masks
 from core.models import load_model
 from core.text import load_text
 
 STRATA_DROPPED = (2, 4, 6, 8, 10, 12)
+RATE_SECONDS = 4.0
 
 
 def main() -> None:
+    keep_freed_memory()
     options = _options()
     model = load_model(options.model, device=options.device, dtype=options.dtype)
     text = load_text("bundled", model.tokenizer, blocks=options.blocks, block_length=options.length)
@@ -43,16 +47,24 @@ def main() -> None:
     evaluator = Evaluator(model, tokens)
     next(evaluator.losses(masks[:1]))
     evaluator.layer_executions = 0
+    rates = [_matrix_rate(model)]
     started = _now(model)
     ours = dict(evaluator.losses(masks))
     seconds_ours = (_now(model) - started) / len(masks)
     executions = evaluator.layer_executions / len(masks)
+    rates.append(_matrix_rate(model))
 
     zeroed, seconds_zeroing = _time(model, lambda m: _zeroed_loss(model, tokens, m), masks[sample])
     skipped, seconds_skipping = _time(
         model, lambda m: _skipped_loss(model, tokens, m), masks[sample]
     )
-    floor = _floor_seconds(model, tokens, executions)
+    rate = float(np.mean(rates))
+    floor = _operations(model, tokens, executions) / rate
+    peak = _peak_bytes(model)
+    full_precision = None
+    if model.info.dtype != "float32":
+        wide = load_model(options.model, device=options.device, dtype="float32")
+        full_precision = _time(wide, lambda m: _zeroed_loss(wide, tokens, m), masks[sample])
 
     print(f"{model.info.name}, {n} layers, {model.info.dtype} on {model.info.device}")
     print(f"{len(masks)} masks, {tokens.shape[0]} blocks of {tokens.shape[1]} tokens")
@@ -66,11 +78,23 @@ def main() -> None:
         print(f"{name:34}{1 / seconds:>10.3f}{layers:>13.2f}")
     print(f"(c) against (a): {seconds_zeroing / seconds_ours:.2f} times as fast")
     print(f"(c) against (b): {seconds_skipping / seconds_ours:.2f} times as fast")
+    print(f"matrix rate: {rate / 1e9:.0f} GFLOP/s ({rates[0] / 1e9:.0f} before, ", end="")
+    print(f"{rates[1] / 1e9:.0f} after)")
     print(f"floor: {1 / floor:.3f} masks/s; (c) takes {seconds_ours / floor:.2f} times the floor")
-    print(f"memory: {_peak_bytes(model) / 2**30:.2f} GiB peak; plan {evaluator.plan}")
+    budget = evaluator.plan.memory_budget
+    print(f"memory: {peak / 2**30:.2f} GiB peak, model and program included;", end=" ")
+    print(f"states and logits may take {budget / 2**30:.1f} GiB; {evaluator.plan}")
     ours_sample = np.array([ours[row] for row in sample])
     for name, losses in (("(a)", zeroed), ("(b)", skipped)):
         print(f"largest NLL difference to {name}: {np.nanmax(np.abs(ours_sample - losses)):.2e}")
+    if full_precision is not None:
+        losses, seconds = full_precision
+        print(
+            f"(a) in float32: {1 / seconds:.3f} masks/s; (c) is {seconds / seconds_ours:.2f} times"
+        )
+        worst = np.max(np.abs(np.expm1(ours_sample - losses)))
+        mean = np.mean(np.abs(np.expm1(ours_sample - losses)))
+        print(f"perplexity against float32: {mean:.2%} off on average, {worst:.2%} at most")
 
 
 def _options() -> argparse.Namespace:
@@ -127,28 +151,28 @@ def _mean_loss(logits, tokens) -> float:
     return float(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()))
 
 
-def _floor_seconds(model, tokens, executions) -> float:
-    """Matrix operations of the layers executed and the head, at the measured matrix rate."""
-    rate = _matrix_rate(model)
+def _operations(model, tokens, executions) -> float:
+    """Floating-point operations of the layers executed and the head, for one mask."""
     per_layer = 2 * np.mean(model.info.block_parameters) * tokens.numel()
     attention = 2 * 2 * tokens.numel() * tokens.shape[1] / 2 * model.info.hidden_size
     head = model.module.get_output_embeddings().weight
-    return (executions * (per_layer + attention) + 2 * head.numel() * tokens.numel()) / rate
+    return executions * (per_layer + attention) + 2 * head.numel() * tokens.numel()
 
 
 @torch.inference_mode()
 def _matrix_rate(model) -> float:
+    """Operations a second of one large matrix product, sustained like the evaluation itself."""
     weight = next(p for p in model.blocks[0].parameters() if p.ndim == 2)
     rows = 4096 if model.device.type == "cpu" else 16384
     hidden, out = (1024, 4096) if model.device.type == "cpu" else (4096, 16384)
     a = torch.randn(rows, hidden, dtype=weight.dtype, device=model.device)
     b = torch.randn(out, hidden, dtype=weight.dtype, device=model.device)
-    best = 0.0
-    for _ in range(5):
-        started = _now(model)
+    F.linear(a, b)
+    started, products = _now(model), 0
+    while (seconds := _now(model) - started) < RATE_SECONDS:
         F.linear(a, b)
-        best = max(best, 2 * rows * hidden * out / (_now(model) - started))
-    return best
+        products += 1
+    return products * 2 * rows * hidden * out / seconds
 
 
 def _now(model) -> float:
