@@ -16,6 +16,7 @@ from torch import Tensor
 
 from core.game import Game, LayerGame
 from core.masks import Masks, leave_out
+from core.surrogate import finite_excess
 
 Floats = NDArray[np.float64]
 
@@ -27,8 +28,8 @@ class Frontier:
     Attributes:
         method: its name.
         sets: `sets[k - 1]` holds the k layers it drops, ascending.
-        evaluations: `evaluations[k - 1]` counts the model evaluations behind that set; a forward
-            pass of the unpruned model that looks at hidden states counts as one.
+        evaluations: `evaluations[k - 1]` counts the model evaluations behind that set, without
+            the unpruned model's own perplexity; looking at its hidden states counts as one.
     """
 
     method: str
@@ -136,8 +137,7 @@ def quadratic(game: LayerGame, deepest: int) -> Method:
     single = ~np.eye(n, dtype=bool)
     masks = np.concatenate([np.ones((1, n), dtype=bool), single, single[first] & single[second]])
     losses = yield from measured(game, masks)
-    excess = np.where(np.isfinite(losses), losses, np.nanmax(losses[np.isfinite(losses)]))
-    excess = excess - excess[0]
+    excess = finite_excess(losses - losses[0])
     alone = excess[1 : n + 1]
     pairs = np.zeros((n, n))
     pairs[first, second] = excess[n + 1 :] - alone[first] - alone[second]

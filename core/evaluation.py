@@ -181,13 +181,12 @@ class Evaluator:
         results: list[Tensor] = []
         group = self.plan.group
         call = self.recording(start, group)[1][layer]
+        block = self.model.taken_apart.blocks[layer]
         for first in range(0, len(states), group):
             step = states[first : first + group]
             padded = step + [step[-1]] * (group - len(step))
             batch = padded[0] if group == 1 else torch.cat(padded)
-            output = hidden_of(
-                self.model.taken_apart.blocks[layer](batch, *call.args, **call.kwargs)
-            )
+            output = hidden_of(block(batch, *call.args, **call.kwargs))
             results += [output] if group == 1 else output.chunk(group)[: len(step)]
         share = len(states[0]) / len(self.tokens) if states else 0.0
         self.layer_executions += len(states) * share

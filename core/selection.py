@@ -1,15 +1,15 @@
-"""Choose the layers to drop: search for the best set of every size at once, within a budget.
+"""Choose the layers to drop: the best set of every size at once, within a budget of evaluations.
 
-Bayesian optimisation over sets. A Gaussian process with terms for single layers and for pairs
-(stronger between near neighbours) is fitted to every loss measured so far; sets one move away from
-the best ones known are scored by the improvement expected of them; the most promising are measured
-on the model, and the process learns from them. Measurements so go where good sets live, and what is
-learnt at one size serves the others.
+Bayesian optimisation over sets. A Gaussian process with a term for every layer and every pair
+learns from all losses measured so far; sets one move away from the best ones known are scored by
+the improvement expected of them; the most promising are measured on the model, and the process
+learns from them. So evaluations go where good sets live, what is learnt at one size serves the
+others, and a set that is chosen was measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,197 +19,245 @@ from scipy.optimize import minimize
 from scipy.stats import norm
 
 from core.baselines import Frontier, measured
+from core.errors import LayerShapError
 from core.game import Game
 from core.masks import leave_out
 
 Floats = NDArray[np.float64]
-Sets = NDArray[np.bool_]
-"""Sets of dropped layers, bool [m, n]; the complement of masks."""
+DropSet = frozenset[int]
 
 METHOD = "LayerShap search"
 # Sets that lose more than this many nats are all as bad as each other.
 WORST_EXCESS = 3.0
-# Sets measured between two fits.
-BATCH = 5
-# Sets of each size whose neighbours are looked at.
-BEAM = 3
-FIT_STEPS = 80
+# Measured sets of each size whose neighbours are looked at, and neighbours looked at closely.
+BEAM, SHORTLIST = 3, 64
+# Sets measured between two looks, at least, and as a share of the sizes searched.
+BATCH, BATCH_SHARE = 5, 3
+# The kernel is fitted again when the measurements have grown by this factor.
+REFIT_GROWTH, FIT_STEPS = 1.15, 80
+JITTER = 1e-9
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Covariance of the excess losses of two sets, in terms of what both drop.
+    """Prior of the excess loss of a set: a cost of each layer dropped and of each pair.
 
-    `layer`, `pair` and `any_pair` are standard deviations in nats of the cost of one layer, of the
-    interaction of neighbours, and of any two layers; `reach` is the distance in layers over which
-    interactions of neighbours fade; `noise` is what the rest leaves unexplained.
+    Attributes:
+        layer: standard deviation in nats of a layer's cost, and of the cost all layers share.
+        near_pair: of the interaction of neighbours, fading with distance.
+        any_pair: of the interaction of any two layers.
+        reach: distance in layers at which `near_pair` has faded to 1/e in variance.
+        noise: what single layers and pairs leave unexplained.
     """
 
     layer: float = 0.5
-    pair: float = 0.2
+    near_pair: float = 0.2
     any_pair: float = 0.05
     reach: float = 3.0
     noise: float = 0.05
 
-    def between(self, a: Sets, b: Sets) -> Floats:
-        """Covariances [a, b]."""
-        a, b = a.astype(float), b.astype(float)
-        common = a @ b.T
-        values, vectors = np.linalg.eigh(self._nearness(a.shape[1]))
-        total = self.layer**2 * common + self.any_pair**2 * common * (common - 1) / 2
-        total += self.slope(a)[:, None] * self.slope(b)[None, :]
+    def parameters(self) -> Floats:
+        return np.array([self.layer, self.near_pair, self.any_pair, self.reach, self.noise])
+
+    def pair_variances(self, n: int) -> Floats:
+        """Prior variance of each pair's interaction, [n, n] with a zero diagonal."""
+        distance = np.abs(np.arange(n)[:, None] - np.arange(n)[None, :])
+        variances = self.near_pair**2 * np.exp(-distance / self.reach) + self.any_pair**2
+        np.fill_diagonal(variances, 0.0)
+        return variances
+
+    def between(self, a: Floats, b: Floats) -> Floats:
+        """Covariances of sets, indicators [p, n] and [q, n] of what is dropped → [p, q]."""
+        total = self.layer**2 * (a @ b.T + a.sum(1)[:, None] * b.sum(1)[None, :])
+        values, vectors = np.linalg.eigh(self.pair_variances(a.shape[1]))
         for value, vector in zip(values, vectors.T, strict=True):
-            total += self.pair**2 * value / 2 * ((a * vector) @ b.T) ** 2
+            total += value / 2 * ((a * vector) @ b.T) ** 2
         return total
 
-    def variances(self, a: Sets) -> Floats:
-        a = a.astype(float)
+    def variances(self, a: Floats) -> Floats:
+        """Variance of each set's excess loss, [p]."""
         size = a.sum(axis=1)
-        near = np.einsum("mi,ij,mj->m", a, self._nearness(a.shape[1]), a)
-        return (
-            self.layer**2 * size
-            + self.any_pair**2 * size * (size - 1) / 2
-            + self.slope(a) ** 2
-            + self.pair**2 * near / 2
-        )
-
-    def slope(self, a: Floats) -> Floats:
-        """A cost that all layers share."""
-        return self.layer * a.sum(axis=1)
-
-    def _nearness(self, n: int) -> Floats:
-        place = np.arange(n)
-        return np.exp(-np.abs(place[:, None] - place[None, :]) / self.reach)
+        pairs = np.einsum("pi,ij,pj->p", a, self.pair_variances(a.shape[1]), a)
+        return self.layer**2 * (size + size**2) + pairs / 2
 
 
 class SetProcess:
-    """A Gaussian process over sets, fitted by maximum marginal likelihood."""
+    """A Gaussian process conditioned on measured sets [m, n] and their excess losses [m]."""
 
-    def __init__(self, kernel: Kernel, sets: Sets, excess: Floats) -> None:
-        self._kernel, self._sets = kernel, sets
+    def __init__(self, kernel: Kernel, sets: Floats, excess: Floats) -> None:
+        self.kernel = kernel
+        self._sets = sets
         self._factor = cho_factor(_noisy(kernel, sets), lower=True)
-        self._weights = cho_solve(self._factor, excess)
+        weights = cho_solve(self._factor, excess)
+        self._shared = kernel.layer**2 * (weights @ sets.sum(axis=1))
+        self._layers = kernel.layer**2 * (weights @ sets)
+        self._pairs = kernel.pair_variances(sets.shape[1]) * ((sets.T * weights) @ sets)
 
     @classmethod
-    def fit(cls, sets: Sets, excess: Floats, start: Kernel) -> SetProcess:
-        first = np.log(_parameters(start))
-        prior = np.log(_parameters(Kernel()))
+    def fit(cls, start: Kernel, sets: Floats, excess: Floats) -> SetProcess:
+        """Choose the kernel by marginal likelihood, with a broad log-normal prior."""
+        prior = np.log(Kernel().parameters())
 
         def loss(log_parameters: Floats) -> float:
             factor = np.linalg.cholesky(_noisy(Kernel(*np.exp(log_parameters)), sets))
             scaled = np.linalg.solve(factor, excess)
-            fit = 0.5 * scaled @ scaled + np.log(np.diag(factor)).sum()
-            return float(fit + 0.5 * ((log_parameters - prior) ** 2).sum())
+            misfit = 0.5 * scaled @ scaled + np.log(np.diag(factor)).sum()
+            return float(misfit + 0.5 * ((log_parameters - prior) ** 2).sum())
 
+        first = np.log(start.parameters())
         found = minimize(loss, first, method="Nelder-Mead", options={"maxfev": FIT_STEPS})
         return cls(Kernel(*np.exp(found.x)), sets, excess)
 
-    @property
-    def kernel(self) -> Kernel:
-        return self._kernel
+    def mean(self, sets: Floats) -> Floats:
+        """Expected excess loss of sets [p, n], in nats, [p]."""
+        pairs = ((sets @ self._pairs) * sets).sum(axis=1) / 2
+        return self._shared * sets.sum(axis=1) + sets @ self._layers + pairs
 
-    def predict(self, sets: Sets) -> tuple[Floats, Floats]:
-        """Mean and standard deviation of the excess losses of sets, [m] each."""
-        cross = self._kernel.between(sets, self._sets)
-        explained = np.einsum("ma,am->m", cross, cho_solve(self._factor, cross.T))
-        variances = np.maximum(self._kernel.variances(sets) - explained, 0.0)
-        return cross @ self._weights, np.sqrt(variances + self._kernel.noise**2)
-
-
-def _parameters(kernel: Kernel) -> Floats:
-    return np.array([kernel.layer, kernel.pair, kernel.any_pair, kernel.reach, kernel.noise])
+    def spread(self, sets: Floats) -> Floats:
+        """Standard deviation of what measuring each set would give, [p]."""
+        cross = self.kernel.between(sets, self._sets)
+        known = np.einsum("pm,mp->p", cross, cho_solve(self._factor, cross.T))
+        return np.sqrt(np.maximum(self.kernel.variances(sets) - known, 0) + self.kernel.noise**2)
 
 
-def _noisy(kernel: Kernel, sets: Sets) -> Floats:
-    return kernel.between(sets, sets) + (kernel.noise**2 + 1e-9) * np.eye(len(sets))
+def greedy_evaluations(n: int, deepest: int) -> int:
+    """What greedy re-evaluation spends on cuts of 1 … deepest of n layers."""
+    return sum(n - dropped for dropped in range(deepest))
+
+
+def default_budget(n: int, deepest: int) -> int:
+    """A third of what greedy re-evaluation would need, but one look at every layer and size."""
+    return max(n + deepest, greedy_evaluations(n, deepest) // 3)
 
 
 def search(
-    game: Game, deepest: int, budget: int, snapshots: tuple[int, ...] = ()
+    game: Game, deepest: int, budget: int | None = None, snapshots: Iterable[int] = ()
 ) -> Generator[None, None, list[Frontier]]:
+    """Search sets of 1 … deepest layers; yields after each evaluation.
+
+    Args:
+        game: measured for every set that is looked at; equal sets are measured once.
+        deepest: the most layers to drop.
+        budget: evaluations to spend, at least one per layer; by default `default_budget`.
+        snapshots: smaller budgets at which to say what would have been chosen.
+
+    Returns:
+        Frontiers at every snapshot and, last, at the whole budget.
+
+    Raises:
+        LayerShapError: `deepest` or `budget` is out of range.
+    """
     n = game.n_layers
-    [full] = yield from measured(game, np.ones((1, n), dtype=bool))
-    known: dict[frozenset[int], float] = {}
-
-    def measure(sets):
-        masks = np.array([leave_out(n, s) for s in sets])
-        losses = yield from measured(game, masks)
-        for s, loss in zip(sets, losses, strict=True):
-            known[s] = min(float(loss - full), WORST_EXCESS)
-
-    yield from measure([frozenset((layer,)) for layer in range(n)])
-    kernel = Kernel()
+    if not 1 <= deepest < n:
+        raise LayerShapError(f"deepest is {deepest}; it must be from 1 to {n - 1}.")
+    budget = default_budget(n, deepest) if budget is None else budget
+    if budget < n:
+        raise LayerShapError(f"budget is {budget}; it must be at least {n}, one per layer.")
+    [full_loss] = yield from measured(game, np.ones((1, n), dtype=bool))
+    known = _Known(n)
+    wanted = [frozenset((layer,)) for layer in range(n)]
+    kernel, fitted_at = Kernel(), 0
     frontiers = []
-    waiting = sorted(snapshots) + [budget]
-    while True:
-        sets = _indicator(list(known), n)
-        excess = np.array(list(known.values()))
-        process = SetProcess.fit(sets, excess, kernel)
-        kernel = process.kernel
-        while waiting and len(known) >= waiting[0]:
-            waiting.pop(0)
-            frontiers.append(_frontier(process, known, deepest, n))
-        if not waiting:
-            return frontiers
-        chosen = _promising(process, known, deepest, n, min(BATCH, waiting[0] - len(known)))
-        if not chosen:
-            return frontiers
-        yield from measure(chosen)
+    stations = sorted({n, *(s for s in snapshots if n < s < budget), budget})
+    while wanted:
+        losses = yield from measured(game, np.array([leave_out(n, s) for s in wanted]))
+        known.add(wanted, losses - full_loss)
+        if len(known) >= REFIT_GROWTH * fitted_at:
+            process = SetProcess.fit(kernel, *known.arrays())
+            kernel, fitted_at = process.kernel, len(known)
+        else:
+            process = SetProcess(kernel, *known.arrays())
+        room = stations[0] - len(known)
+        if room <= 0:
+            stations.pop(0)
+            frontiers.append(known.frontier(process, deepest))
+            room = stations[0] - len(known) if stations else 0
+        batch = min(room, max(BATCH, deepest // BATCH_SHARE))
+        wanted = known.promising(process, deepest, batch)
+    if stations:
+        # Every set within reach was measured before the budget was spent.
+        frontiers.append(known.frontier(process, deepest))
+    return frontiers
 
 
-def _indicator(sets, n: int) -> Sets:
-    rows = np.zeros((len(sets), n), dtype=bool)
-    for row, s in enumerate(sets):
-        rows[row, list(s)] = True
-    return rows
+class _Known:
+    """Sets measured so far, and the choices that follow from them."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self._excess: dict[DropSet, float] = {}
+        self._by_size: dict[int, list[DropSet]] = {0: [frozenset()]}
+
+    def __len__(self) -> int:
+        return len(self._excess)
+
+    def add(self, sets: list[DropSet], excess: Floats) -> None:
+        for chosen, loss in zip(sets, excess, strict=True):
+            self._excess[chosen] = min(float(loss), WORST_EXCESS)
+            self._by_size.setdefault(len(chosen), []).append(chosen)
+        for same_size in self._by_size.values():
+            same_size.sort(key=lambda s: self._excess.get(s, 0.0))
+
+    def arrays(self) -> tuple[Floats, Floats]:
+        return self._indicators(list(self._excess)), np.array(list(self._excess.values()))
+
+    def frontier(self, process: SetProcess, deepest: int) -> Frontier:
+        """The best measured set of each size; where none was, the one expected to be best."""
+        beams = self._beams(process, deepest)
+        sets = tuple(tuple(sorted(beams[k][0])) for k in range(1, deepest + 1))
+        return Frontier(METHOD, sets, (len(self),) * deepest)
+
+    def promising(self, process: SetProcess, deepest: int, count: int) -> list[DropSet]:
+        """Up to `count` sets of different sizes from which most improvement is expected."""
+        beams = self._beams(process, deepest + 1)
+        found = []
+        for k in range(2, deepest + 1):
+            near = self._neighbours(beams, k)
+            if not near:
+                continue
+            means = process.mean(self._indicators(near))
+            short = np.argsort(means, kind="stable")[:SHORTLIST]
+            mean = means[short]
+            spread = process.spread(self._indicators([near[i] for i in short]))
+            made = self._by_size.get(k)
+            best = self._excess[made[0]] if made else float((mean + spread).min())
+            score = (best - mean) / spread
+            # Expected improvement (Jones, Schonlau and Welch 1998).
+            gain = spread * (score * norm.cdf(score) + norm.pdf(score))
+            top = int(np.argmax(gain))
+            found.append((float(gain[top]), near[short[top]]))
+        found.sort(key=lambda pick: -pick[0])
+        return [chosen for _, chosen in found[:count]]
+
+    def _beams(self, process: SetProcess, deepest: int) -> dict[int, list[DropSet]]:
+        """Per size, the best measured sets, then the best that grows from the size before."""
+        beams = {0: self._by_size[0]}
+        for k in range(1, min(deepest, self.n - 1) + 1):
+            beam = self._by_size.get(k, [])[:BEAM]
+            grown = _distinct(s | {i} for s in beams[k - 1] for i in range(self.n) if i not in s)
+            expected = grown[int(np.argmin(process.mean(self._indicators(grown))))]
+            beams[k] = _distinct([*beam, expected])
+        return beams
+
+    def _neighbours(self, beams: dict[int, list[DropSet]], k: int) -> list[DropSet]:
+        """Unmeasured sets of size k one addition, removal or swap away from the beams."""
+        layers = range(self.n)
+        near = [*beams[k]]
+        near += [s | {i} for s in beams[k - 1] for i in layers if i not in s]
+        near += [s - {i} for s in beams.get(k + 1, []) for i in sorted(s)]
+        near += [s - {i} | {j} for s in beams[k] for i in sorted(s) for j in layers if j not in s]
+        return [s for s in _distinct(near) if s not in self._excess]
+
+    def _indicators(self, sets: list[DropSet]) -> Floats:
+        rows = np.zeros((len(sets), self.n))
+        for row, chosen in enumerate(sets):
+            rows[row, list(chosen)] = 1.0
+        return rows
 
 
-def _beams(process, known, deepest, n):
-    """Per size, the best sets known: measured ones, and the process's own greedy choice."""
-    beams = {0: [frozenset()]}
-    for k in range(1, deepest + 2):
-        made = [s for s in known if len(s) == k]
-        made = sorted(made, key=known.get)[:BEAM]
-        grown = [s | {i} for s in beams[k - 1] for i in range(n) if i not in s]
-        grown = list(dict.fromkeys(grown))
-        if grown:
-            mean, _ = process.predict(_indicator(grown, n))
-            made += [grown[int(np.argmin(mean))]]
-        beams[k] = list(dict.fromkeys(made))
-    return beams
+def _noisy(kernel: Kernel, sets: Floats) -> Floats:
+    return kernel.between(sets, sets) + (kernel.noise**2 + JITTER) * np.eye(len(sets))
 
 
-def _promising(process, known, deepest, n, count):
-    beams = _beams(process, known, deepest, n)
-    picks = []
-    for k in range(2, deepest + 1):
-        near = set()
-        for s in beams[k - 1]:
-            near.update(s | {i} for i in range(n) if i not in s)
-        for s in beams.get(k + 1, []):
-            near.update(s - {i} for i in s)
-        for s in beams[k]:
-            near.update((s - {i}) | {j} for i in s for j in range(n) if j not in s)
-            near.add(s)
-        near = sorted((s for s in near if s not in known), key=sorted)
-        if not near:
-            continue
-        mean, spread = process.predict(_indicator(near, n))
-        made = [known[s] for s in known if len(s) == k]
-        best = min(made) if made else float((mean + spread).min())
-        z = (best - mean) / spread
-        gain = spread * (z * norm.cdf(z) + norm.pdf(z))
-        at = int(np.argmax(gain))
-        picks.append((float(gain[at]), k, near[at]))
-    picks.sort(key=lambda p: -p[0])
-    return [s for _, _, s in picks[:count]]
-
-
-def _frontier(process, known, deepest, n):
-    beams = _beams(process, known, deepest, n)
-    sets = []
-    for k in range(1, deepest + 1):
-        made = [s for s in known if len(s) == k]
-        best = min(made, key=known.get) if made else beams[k][0]
-        sets.append(tuple(sorted(best)))
-    return Frontier(METHOD, tuple(sets), (len(known),) * deepest)
+def _distinct(sets: Iterable[DropSet]) -> list[DropSet]:
+    return list(dict.fromkeys(sets))

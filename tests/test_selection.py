@@ -1,0 +1,197 @@
+"""Baselines and search, against brute force over every set of small games."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from core import baselines
+from core.cache import EvaluationCache
+from core.errors import LayerShapError
+from core.game import LayerGame
+from core.masks import leave_out
+from core.models import describe
+from core.selection import Kernel, SetProcess, greedy_evaluations, search
+from games import TableGame, with_pairs
+from tiny_models import tiny
+
+N, DEEPEST = 12, 6
+
+
+def finish(method):
+    """Run a method to its end: its result, and how often it yielded."""
+    for count in itertools.count():
+        try:
+            next(method)
+        except StopIteration as end:
+            return end.value, count
+
+
+def rugged_game(seed: int, n: int = N) -> TableGame:
+    """Layers with costs, neighbours that stand in for each other, and a rest no model explains."""
+    rng = np.random.default_rng(seed)
+    weights = rng.exponential(0.2, n)
+    pairs = {(i, j): rng.normal(0.0, 0.15) for i in range(n) for j in range(i + 1, min(n, i + 4))}
+    noise = rng.normal(0.0, 0.02, 2**n)
+    smooth = with_pairs(weights, pairs)
+    places = 2 ** np.arange(n)
+
+    def utility(mask):
+        return smooth._utility(mask) * np.exp(noise[int(places[~mask].sum())] * (not mask.all()))
+
+    return TableGame(n, utility)
+
+
+def loss_of(game, dropped):
+    return float(game.losses(leave_out(game.n_layers, dropped)[None])[0])
+
+
+def best_possible(game, k):
+    sets = itertools.combinations(range(game.n_layers), k)
+    return min(loss_of(game, dropped) for dropped in sets)
+
+
+@pytest.fixture(scope="module")
+def layer_game(tmp_path_factory):
+    tokens = torch.randint(3, 90, (3, 24), generator=torch.Generator().manual_seed(0))
+    cache = EvaluationCache(tmp_path_factory.mktemp("cache"))
+    return LayerGame(describe(tiny("llama", 7)), tokens, cache)
+
+
+def total_gap(game, frontier):
+    """Nats above the best possible sets, summed over sizes."""
+    return sum(loss_of(game, s) - best_possible(game, k) for k, s in enumerate(frontier.sets, 1))
+
+
+def test_search_is_nearer_the_best_sets_than_greedy_at_its_price_and_than_others_at_half_of_it():
+    gaps = []
+    for seed in range(6):
+        game = rugged_game(seed)
+        greedy, price = finish(baselines.greedy(game, DEEPEST))
+        alone, _ = finish(baselines.leave_one_out(game, DEEPEST))
+        [*_, half, whole], spent = finish(search(game, DEEPEST, price, snapshots=(price // 2,)))
+        assert spent == price + 1
+        gaps.append([total_gap(game, frontier) for frontier in (whole, half, greedy, alone)])
+    whole, half, greedy, alone = np.mean(gaps, axis=0)
+    assert whole < greedy / 2
+    assert half < greedy
+    assert half < alone / 2
+
+
+def test_search_measures_no_set_twice_and_says_what_it_would_choose_earlier():
+    game = rugged_game(0)
+    seen = []
+    measure = game.measure
+    game.measure = lambda masks: (seen.extend(m.tobytes() for m in masks), measure(masks))[1]
+    frontiers, _ = finish(search(game, DEEPEST, budget=45, snapshots=(20, 30)))
+    assert len(seen) == len(set(seen))
+    assert [f.evaluations[0] for f in frontiers] == [12, 20, 30, 45]
+    calibration = [sum(loss_of(game, s) for s in f.sets) for f in frontiers]
+    assert calibration[-1] <= calibration[0]
+
+
+def test_search_ends_when_every_set_was_measured():
+    game = rugged_game(1, n=4)
+    [*_, found], spent = finish(search(game, 2, budget=1000))
+    assert spent == 1 + 4 + 6
+    assert loss_of(game, found.sets[1]) == best_possible(game, 2)
+
+
+def test_search_is_repeatable():
+    once, again = (finish(search(rugged_game(3), DEEPEST))[0] for _ in range(2))
+    assert once == again
+
+
+@pytest.mark.parametrize(("deepest", "budget"), [(0, None), (12, None), (4, 11)])
+def test_search_refuses_what_it_cannot_do(deepest, budget):
+    with pytest.raises(LayerShapError, match=r"deepest is|budget is 11"):
+        finish(search(rugged_game(0), deepest, budget))
+
+
+def test_the_process_is_regression_on_layers_and_pairs():
+    """Its covariance is that of independent costs of layers, of pairs, and one shared cost."""
+    rng = np.random.default_rng(0)
+    kernel = Kernel(layer=0.7, near_pair=0.4, any_pair=0.1, reach=2.0, noise=0.1)
+    sets = (rng.random((40, 6)) < 0.5).astype(float)
+    first, second = np.triu_indices(6, 1)
+    features = np.column_stack([sets, sets[:, first] * sets[:, second], sets.sum(axis=1)])
+    pairs = kernel.pair_variances(6)[first, second]
+    prior = np.concatenate([np.full(6, 0.49), pairs, [0.49]])
+    excess = rng.normal(size=30)
+    covariance = features @ np.diag(prior) @ features.T
+    seen = covariance[:30, :30] + (0.1**2 + 1e-9) * np.eye(30)
+    process = SetProcess(kernel, sets[:30], excess)
+    mean = covariance[30:, :30] @ np.linalg.solve(seen, excess)
+    left = covariance[30:, 30:] - covariance[30:, :30] @ np.linalg.solve(seen, covariance[:30, 30:])
+    assert np.allclose(process.mean(sets[30:]), mean)
+    assert np.allclose(process.spread(sets[30:]), np.sqrt(np.diag(left) + 0.1**2))
+
+
+def test_greedy_is_what_it_says():
+    game = rugged_game(2)
+    found, spent = finish(baselines.greedy(game, 3))
+    assert spent == found.evaluations[-1] == greedy_evaluations(N, 3) == 12 + 11 + 10
+    dropped = []
+    for chosen in found.sets:
+        left = [i for i in range(N) if i not in dropped]
+        dropped.append(min(left, key=lambda i: loss_of(game, [*dropped, i])))
+        assert chosen == tuple(sorted(dropped))
+
+
+def test_quadratic_is_exact_where_only_pairs_interact():
+    weights = np.array([0.3, 0.31, 0.2, 0.5, 0.33])
+    game = with_pairs(weights, {(0, 2): 0.4, (1, 2): -0.1})
+    found, spent = finish(baselines.quadratic(game, 2))
+    assert spent - 1 == found.evaluations[-1] == 5 + 10
+    assert found.sets == ((2,), (1, 2))
+
+
+def test_leave_one_out_ranks_by_single_losses():
+    game = rugged_game(4)
+    found, spent = finish(baselines.leave_one_out(game, 4))
+    costs = [loss_of(game, [layer]) for layer in range(N)]
+    assert spent == found.evaluations[0] == N
+    assert found.sets[3] == tuple(sorted(np.argsort(costs)[:4].tolist()))
+
+
+def test_an_infinite_loss_is_the_last_to_be_dropped():
+    game = TableGame(4, lambda mask: 0.0 if not mask[1] else float(np.exp(-(~mask).sum())))
+    for method in (baselines.leave_one_out, baselines.greedy, baselines.quadratic):
+        found, _ = finish(method(game, 3))
+        assert found.sets[-1] == (0, 2, 3)
+    [*_, found], _ = finish(search(game, 3, budget=20))
+    assert found.sets[-1] == (0, 2, 3)
+
+
+def test_hidden_state_methods_agree_with_the_models_own_hidden_states(layer_game):
+    module, tokens = layer_game.model.module, layer_game.tokens
+    outputs = []
+    hooks = [
+        b.register_forward_hook(lambda m, a, out: outputs.append(out)) for b in module.model.layers
+    ]
+    with torch.no_grad():
+        module(tokens)
+        first = module.model.embed_tokens(tokens)
+    for hook in hooks:
+        hook.remove()
+    states = [first, *(o if isinstance(o, torch.Tensor) else o[0] for o in outputs)]
+    cosine = torch.nn.functional.cosine_similarity
+    influence = [1 - float(cosine(a, b, dim=-1).mean()) for a, b in itertools.pairwise(states)]
+    found, _ = finish(baselines.block_influence(layer_game, 3))
+    assert found.sets[2] == tuple(sorted(np.argsort(influence)[:3].tolist()))
+    alike = [float(cosine(states[i], states[i + 3], dim=-1).mean()) for i in range(5)]
+    start = int(np.argmax(alike))
+    found, _ = finish(baselines.angular_distance(layer_game, 3))
+    assert found.sets[2] == (start, start + 1, start + 2)
+
+
+def test_methods_that_look_at_no_text(layer_game):
+    last, spent = finish(baselines.last_layers(layer_game, 3))
+    assert (last.sets, spent) == (((6,), (5, 6), (4, 5, 6)), 0)
+    with torch.no_grad():
+        layer_game.model.blocks[4].mlp.up_proj.weight.mul_(0.01)
+    small, _ = finish(baselines.weight_magnitude(layer_game, 1))
+    assert small.sets == ((4,),)
+    orders = [finish(baselines.random_order(layer_game, 3, seed))[0].sets for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
