@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from core.clock import Clock
 from core.errors import LayerShapError
 from core.estimates import Estimates, Utility, estimate
 from core.game import Game, check_masks
@@ -30,8 +31,6 @@ FIRST_ROUND = 16
 # Partial estimates take at most about a quarter of the time.
 PARTIAL_REST = 3.0
 PARTIAL_EVERY_SECONDS = 5.0
-# An evaluation faster than this came from the cache and says nothing of the time left.
-CACHED_SECONDS = 2e-3
 PUBLISHED_EVALUATIONS = 8000
 
 
@@ -228,7 +227,7 @@ def run(
     masks = sample_masks(n, settings.strata, settings.evaluations, settings.seed)
     total = len(masks)
     stopped = stop or (lambda: False)
-    clock = _Clock()
+    clock = Clock()
     yield AnalysisProgress("Measuring the full model", 0, total, None)
     [(_, full_loss)] = game.measure(np.ones((1, n), dtype=bool))
     if not np.isfinite(full_loss):
@@ -303,23 +302,3 @@ def _round_ends(total: int) -> list[int]:
         ends.append(min(ends[-1] + size, total))
         size = max(size, ends[-1])
     return ends
-
-
-class _Clock:
-    """Time left, from the evaluations that were really made."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-        self._seconds = 0.0
-        self._made = 0
-
-    def restart(self) -> None:
-        self._last = time.monotonic()
-
-    def left(self, remaining: int) -> float | None:
-        now = time.monotonic()
-        took, self._last = now - self._last, now
-        if took > CACHED_SECONDS:
-            self._seconds += took
-            self._made += 1
-        return remaining * self._seconds / self._made if self._made else None

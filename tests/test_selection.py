@@ -11,8 +11,9 @@ from core.cache import EvaluationCache
 from core.errors import LayerShapError
 from core.game import LayerGame
 from core.masks import leave_out
+from core.methods import CONTRIBUTIONS, compare_methods
 from core.models import describe
-from core.selection import Kernel, SetProcess, greedy_evaluations, search
+from core.selection import METHOD, Kernel, SetProcess, greedy_evaluations, search
 from games import TableGame, with_pairs
 from tiny_models import tiny
 
@@ -52,11 +53,19 @@ def best_possible(game, k):
     return min(loss_of(game, dropped) for dropped in sets)
 
 
-@pytest.fixture(scope="module")
-def layer_game(tmp_path_factory):
-    tokens = torch.randint(3, 90, (3, 24), generator=torch.Generator().manual_seed(0))
-    cache = EvaluationCache(tmp_path_factory.mktemp("cache"))
-    return LayerGame(describe(tiny("llama", 7)), tokens, cache)
+def tiny_game(folder, seed):
+    tokens = torch.randint(3, 90, (3, 24), generator=torch.Generator().manual_seed(seed))
+    return LayerGame(describe(tiny("llama", 7)), tokens, EvaluationCache(folder))
+
+
+@pytest.fixture
+def layer_game(tmp_path):
+    return tiny_game(tmp_path / "cache", seed=0)
+
+
+@pytest.fixture
+def other_game(tmp_path):
+    return tiny_game(tmp_path / "cache", seed=1)
 
 
 def total_gap(game, frontier):
@@ -195,3 +204,57 @@ def test_methods_that_look_at_no_text(layer_game):
     assert small.sets == ((4,),)
     orders = [finish(baselines.random_order(layer_game, 3, seed))[0].sets for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
+
+
+def finished(*arguments, **settings):
+    return list(compare_methods(*arguments, **settings))
+
+
+def test_methods_are_judged_on_text_that_chose_nothing(layer_game, other_game):
+    names = [METHOD, "Leave one out", "Block Influence", "Last layers", CONTRIBUTIONS]
+    contributions = (np.arange(7)[::-1], 99)
+    steps = finished(layer_game, other_game, names, 3, contributions=contributions)
+    assert [step.done for step in steps] == sorted(step.done for step in steps)
+    assert steps[-1].stage == "Done"
+    comparison = steps[-1].comparison
+    assert [result.frontier.method for result in comparison.results] == names
+    for result in comparison.results:
+        masks = np.array([leave_out(7, chosen) for chosen in result.frontier.sets])
+        assert (result.calibration == layer_game.losses(masks)).all()
+        assert (result.held_out == other_game.losses(masks)).all()
+    last = comparison.result("Last layers").frontier
+    ascending = comparison.result(CONTRIBUTIONS).frontier
+    assert last.sets == ascending.sets
+    assert ascending.evaluations == (99,) * 3
+    agreement = comparison.agreement(3)
+    assert (np.diag(agreement) == 1).all()
+    assert agreement[3, 4] == 1
+    shared = set(comparison.results[0].frontier.sets[2]) & set(last.sets[2])
+    assert agreement[0, 3] == len(shared) / 3
+
+
+def test_a_stopped_comparison_keeps_the_methods_that_finished(layer_game, other_game):
+    asked = iter(range(1000))
+    steps = finished(
+        layer_game,
+        other_game,
+        ["Leave one out", "Greedy re-evaluation"],
+        3,
+        stop=lambda: next(asked) == 20,
+    )
+    assert steps[-1].stage == "Stopped"
+    assert [r.frontier.method for r in steps[-1].comparison.results] == ["Leave one out"]
+
+
+@pytest.mark.parametrize(
+    ("names", "deepest", "words"),
+    [
+        ([], 3, "No method chosen"),
+        (["Astrology"], 3, "no method 'Astrology'"),
+        ([CONTRIBUTIONS], 3, "needs an analysis"),
+        ([METHOD], 7, "choose 1 to 6"),
+    ],
+)
+def test_comparisons_that_cannot_be_made_say_why(layer_game, names, deepest, words):
+    with pytest.raises(LayerShapError, match=words):
+        finished(layer_game, layer_game, names, deepest)

@@ -152,6 +152,18 @@ def test_downloads_carry_what_made_them_and_a_study_opens_without_the_model(
     assert "needs the model" in said(other.predict(text="1", api_name="/compare"))
 
 
+def test_methods_are_compared_and_a_set_goes_to_the_prune_tab(loaded):
+    result = loaded.predict(
+        methods=["LayerShap search", "Leave one out"], deepest=3, api_name="/methods"
+    )
+    assert said(result) == "Done: 2 methods measured on held-out text."
+    taken = loaded.predict(method="LayerShap search", dropped=2, api_name="/take_set")
+    assert re.search(r"LayerShap search drops \d, \d: the set is in Prune", said(taken))
+    assert re.fullmatch(r"\d, \d", taken[0])
+    result = loaded.predict(methods=["Ascending contribution"], deepest=3, api_name="/methods")
+    assert "press Analyse first" in said(result)
+
+
 def test_two_visitors_do_not_see_each_others_selection(loaded, address, tiny_folder, text_file):
     other = Client(address, verbose=False)
     load(other, tiny_folder, text_file)

@@ -1,4 +1,4 @@
-"""The page: the strip above four tabs, and what each control sets off."""
+"""The page: the strip above five tabs, and what each control sets off."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from core.analysis import AnalysisSettings
 from core.masks import default_strata
 from ui.contributions_view import contributions_view
 from ui.interactions_view import chosen_pair, interactions_view, pair_handler
+from ui.methods_view import cost_line, methods_handler, methods_view
 from ui.prune_view import PruneHandlers, prune_view
 from ui.session import Session, StopSignals
 from ui.settings import AppSettings
@@ -41,7 +42,7 @@ def build(settings: AppSettings) -> gr.Blocks:
     workspaces, stops = Workspaces(), StopSignals()
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         session = gr.State(Session())
-        selection, tried = gr.State(()), gr.State(())
+        selection, tried, compared = gr.State(()), gr.State(()), gr.State(None)
         gr.HTML(HEAD)
         model_line = gr.HTML(describe(Session()), elem_id="model-line")
         with gr.Accordion("Set-up: model, text and analysis settings", open=False):
@@ -68,6 +69,8 @@ def build(settings: AppSettings) -> gr.Blocks:
                 contributions = contributions_view()
             with gr.Tab("Interactions"):
                 interactions = interactions_view()
+            with gr.Tab("Methods") as methods_tab:
+                methods = methods_view()
             with gr.Tab("Prune and compare"):
                 pruning = prune_view()
             with gr.Tab("Study") as study_tab:
@@ -85,6 +88,7 @@ def build(settings: AppSettings) -> gr.Blocks:
                 **contributions.draw(current, value, order),
                 **interactions.draw(current),
                 pruning.count: gr.update(maximum=max(2, current.n_layers - 1)),
+                methods.deepest: gr.update(maximum=max(2, current.n_layers // 2)),
             }
 
         def draw_results(
@@ -118,6 +122,7 @@ def build(settings: AppSettings) -> gr.Blocks:
         results = [*charts, pruning.predicted]
         everything = [*charts, *chosen_views]
         tried_views = [pruning.chart, pruning.tried]
+        methods_views = list(methods.draw(None).keys())
         marks = [contributions.bars, interactions.graph]
         handlers = PruneHandlers(pruning, stops, selection, tried, status, strip)
 
@@ -130,9 +135,26 @@ def build(settings: AppSettings) -> gr.Blocks:
             model_line,
             strip,
             setup.strata,
-            {selection: (), tried: (), **pruning.draw_tried(())},
+            {
+                selection: (),
+                tried: (),
+                compared: None,
+                **pruning.draw_tried(()),
+                **methods.draw(None),
+            },
         )
-        loaded = [session, status, model_line, strip, setup.strata, selection, tried, *tried_views]
+        loaded = [
+            session,
+            status,
+            model_line,
+            strip,
+            setup.strata,
+            selection,
+            tried,
+            compared,
+            *tried_views,
+            *methods_views,
+        ]
         for event in (
             setup.load.click(
                 load,
@@ -189,6 +211,27 @@ def build(settings: AppSettings) -> gr.Blocks:
         ).then(**pair, api_visibility="private")
         interactions.measure.click(**pair, api_name="pair")
 
+        # Methods
+        methods.compare.click(
+            methods_handler(methods, stops, compared, status),
+            [session, methods.methods, methods.deepest],
+            [compared, status, *methods_views],
+            concurrency_id=ANALYSING,
+            concurrency_limit=1,
+            api_name="methods",
+            **heavy,
+        )
+        methods.shown.change(
+            methods.draw_depth,
+            [compared, methods.shown],
+            [methods.map, methods.agreement],
+            **quiet,
+        )
+        priced = [session, methods.methods, methods.deepest]
+        for control in (methods.methods, methods.deepest):
+            control.change(cost_line, priced, methods.cost, **quiet)
+        methods_tab.select(cost_line, priced, methods.cost, **quiet)
+
         # Prune and compare
         chosen = [selection, *chosen_views, status]
         for event in (
@@ -208,6 +251,13 @@ def build(settings: AppSettings) -> gr.Blocks:
                 **heavy,
             ),
             pruning.keep_all.click(handlers.keep_all, session, [*chosen, strip], **quiet),
+            methods.take.click(
+                handlers.take,
+                [session, compared, methods.method, methods.shown],
+                [*chosen, strip],
+                api_name="take_set",
+                **heavy,
+            ),
         ):
             event.then(draw_marks, shown, marks, **quiet)
         pruning.measure.click(
@@ -249,6 +299,8 @@ def build(settings: AppSettings) -> gr.Blocks:
             return {
                 selection: (),
                 tried: opened.comparisons,
+                compared: None,
+                **methods.draw(None),
                 model_line: describe(opened),
                 strip: gr.update(value=strip_value(opened), dropped=[]),
                 **draw(opened, contributions.value.value, contributions.order.value),
@@ -264,10 +316,12 @@ def build(settings: AppSettings) -> gr.Blocks:
                 session,
                 selection,
                 tried,
+                compared,
                 status,
                 model_line,
                 strip,
                 *everything,
+                *methods_views,
                 *tried_views,
                 *study_files,
             ],

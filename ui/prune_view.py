@@ -15,11 +15,13 @@ from core.errors import LayerShapError
 from core.footprint import Footprint, footprint, measure_speed
 from core.game import LayerGame
 from core.masks import dropped_layers
+from core.methods import MethodsComparison
 from core.pruning import continue_prompt, mergekit_yaml, prune, save_pruned
 from core.study import Comparison, with_comparison
 from ui.figures import comparison_chart, empty_figure
 from ui.figures.comparisons import HOW_TO_READ
 from ui.measured import MeasuredFigures, perplexity_text
+from ui.methods_view import chosen_set
 from ui.parts import read_line
 from ui.session import Session, StopSignals
 from ui.setup_view import parse_layers, whole
@@ -177,6 +179,7 @@ class PruneHandlers:
         self.typed = guard(self._typed)
         self.drop_least = guard(self._drop_least)
         self.keep_all = guard(self._keep_all)
+        self.take = guard(self._take)
         self.measure = guard(self._measure)
         self.go_on = guard(self._go_on)
         self.save = guard(self._save)
@@ -204,6 +207,17 @@ class PruneHandlers:
 
     def _keep_all(self, session: Session) -> Iterator[dict]:
         yield self._select(session, ())
+
+    def _take(
+        self, session: Session, compared: MethodsComparison | None, method: str, dropped: float
+    ) -> Iterator[dict]:
+        layers = chosen_set(compared, method, dropped)
+        yield {
+            **self._select(session, layers),
+            self._status: news(
+                f"{method} drops {', '.join(map(str, layers))}: the set is in Prune and compare."
+            ),
+        }
 
     def _select(self, session: Session, layers: tuple[int, ...]) -> dict:
         chosen = session.dropping(layers)

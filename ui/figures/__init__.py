@@ -3,15 +3,19 @@
 from ui.figures.comparisons import comparison_chart
 from ui.figures.contributions import contribution_bars, contribution_heatmap, surrogate_scatter
 from ui.figures.interactions import interaction_graph, interaction_heatmap, pair_utilities
+from ui.figures.methods import agreement_heatmap, methods_chart, methods_map
 from ui.figures.style import empty_figure
 
 __all__ = [
+    "agreement_heatmap",
     "comparison_chart",
     "contribution_bars",
     "contribution_heatmap",
     "empty_figure",
     "interaction_graph",
     "interaction_heatmap",
+    "methods_chart",
+    "methods_map",
     "pair_utilities",
     "surrogate_scatter",
 ]

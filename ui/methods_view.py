@@ -1,0 +1,194 @@
+"""Methods: what other ways of choosing would drop, and what each costs on held-out text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from core.errors import LayerShapError
+from core.methods import CONTRIBUTIONS, KINDS, MethodsComparison, MethodsProgress, compare_methods
+from core.selection import METHOD
+from ui.figures import agreement_heatmap, empty_figure, methods_chart, methods_map
+from ui.figures.methods import AGREEMENT_HOW_TO_READ, CHART_HOW_TO_READ, MAP_HOW_TO_READ
+from ui.parts import read_line
+from ui.session import Session, StopSignals
+from ui.setup_view import REFRESH_SECONDS, whole
+from ui.status import duration, guarded, news, progress_bar
+
+NOTHING_YET = "Choose methods and press Compare methods: each is measured on held-out text."
+DEFAULT_METHODS = (METHOD, "Leave one out", "Block Influence", "Angular distance")
+DEFAULT_DEEPEST, DEFAULT_SHOWN = 8, 4
+
+
+@dataclass(frozen=True)
+class MethodsView:
+    methods: gr.CheckboxGroup
+    deepest: gr.Slider
+    compare: gr.Button
+    cost: gr.HTML
+    chart: gr.Plot
+    shown: gr.Slider
+    method: gr.Dropdown
+    take: gr.Button
+    map: gr.Plot
+    agreement: gr.Plot
+
+    def draw(self, comparison: MethodsComparison | None) -> dict[Any, Any]:
+        """Updates that show a comparison, or what to do to see one."""
+        if comparison is None or not comparison.results:
+            empty = empty_figure(NOTHING_YET)
+            return {
+                self.chart: empty,
+                self.map: empty,
+                self.agreement: empty,
+                self.method: gr.update(choices=[], value=None),
+                self.shown: gr.update(maximum=DEFAULT_DEEPEST, value=DEFAULT_SHOWN),
+            }
+        names = [result.frontier.method for result in comparison.results]
+        shown = min(DEFAULT_SHOWN, comparison.deepest)
+        return {
+            self.chart: methods_chart(comparison),
+            self.method: gr.update(choices=names, value=METHOD if METHOD in names else names[0]),
+            self.shown: gr.update(maximum=max(2, comparison.deepest), value=shown),
+            **self.draw_depth(comparison, shown),
+        }
+
+    def draw_depth(self, comparison: MethodsComparison | None, dropped: float) -> dict[Any, Any]:
+        """Updates of the charts that are about one number of dropped layers."""
+        if comparison is None or not comparison.results:
+            return {self.map: gr.skip(), self.agreement: gr.skip()}
+        depth = min(max(1, int(dropped or 1)), comparison.deepest)
+        return {
+            self.map: methods_map(comparison, depth),
+            self.agreement: agreement_heatmap(comparison, depth),
+        }
+
+
+def methods_view() -> MethodsView:
+    """Lay out the tab."""
+    choices = [*KINDS, CONTRIBUTIONS]
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=3, min_width=340):
+            methods = gr.CheckboxGroup(
+                choices,
+                value=list(DEFAULT_METHODS),
+                label="Methods",
+                elem_id="methods",
+            )
+        with gr.Column(scale=1, min_width=240):
+            deepest = gr.Slider(
+                1, 15, value=DEFAULT_DEEPEST, step=1, label="Up to how many layers dropped"
+            )
+            compare = gr.Button("Compare methods", variant="primary", elem_id="compare-methods")
+            cost = gr.HTML(elem_id="methods-cost")
+    empty = empty_figure(NOTHING_YET)
+    gr.Markdown("### Held-out perplexity of every method's choice")
+    chart = gr.Plot(empty, show_label=False, elem_id="methods-chart")
+    read_line(CHART_HOW_TO_READ)
+    with gr.Row(equal_height=True):
+        shown = gr.Slider(
+            1, DEFAULT_DEEPEST, value=DEFAULT_SHOWN, step=1, label="Layers dropped", scale=2
+        )
+        method = gr.Dropdown([], label="Method", scale=1, min_width=200, elem_id="method")
+        take = gr.Button(
+            "Try this set in Prune and compare", scale=1, min_width=220, elem_id="take-set"
+        )
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=3, min_width=340):
+            gr.Markdown("### Which layers each drops")
+            layers = gr.Plot(empty, show_label=False, elem_id="methods-map")
+            read_line(MAP_HOW_TO_READ)
+        with gr.Column(scale=2, min_width=340):
+            gr.Markdown("### How far they agree")
+            agreement = gr.Plot(empty, show_label=False, elem_id="methods-agreement")
+            read_line(AGREEMENT_HOW_TO_READ)
+    return MethodsView(
+        methods, deepest, compare, cost, chart, shown, method, take, layers, agreement
+    )
+
+
+def cost_line(session: Session, methods: list[str], deepest: float) -> str:
+    """What the chosen methods will take, in model evaluations."""
+    if not session.n_layers or not methods:
+        return ""
+    depth = int(deepest or 1)
+    chosen = [KINDS[name].cost(session.n_layers, depth) for name in methods if name in KINDS]
+    judging = 2 * depth * len(methods)
+    return (
+        f'<p class="ls-read">At most {sum(chosen):,} evaluations to choose, and {judging:,} to '
+        "judge; what was measured before costs nothing.</p>"
+    )
+
+
+def methods_handler(
+    view: MethodsView, stops: StopSignals, compared: gr.State, status: gr.HTML
+) -> Any:
+    """Handler that runs the chosen methods, showing each as it finishes."""
+
+    @guarded(status)
+    def compare(
+        session: Session, methods: list[str], deepest: float, request: gr.Request
+    ) -> Iterator[dict]:
+        workspace = session.need_workspace()
+        depth = whole("Up to how many layers dropped", deepest)
+        contributions = None
+        if session.analysis is not None:
+            contributions = (session.analysis.contributions, len(session.analysis.masks))
+        stop = stops.begin(request.session_hash)
+        yield {status: progress_bar("Measuring the full model", 0.0)}
+        finished, shown = 0, 0.0
+        for step in compare_methods(
+            workspace.calibration,
+            workspace.held_out,
+            methods or [],
+            depth,
+            contributions=contributions,
+            stop=stop.is_set,
+        ):
+            if len(step.comparison.results) > finished:
+                finished = len(step.comparison.results)
+                yield {compared: step.comparison, **view.draw(step.comparison)}
+            elif time.monotonic() - shown < REFRESH_SECONDS:
+                continue
+            shown = time.monotonic()
+            yield {status: _progress(step)}
+        yield {status: news(_summary(step))}
+
+    return compare
+
+
+def chosen_set(
+    comparison: MethodsComparison | None, method: str, dropped: float
+) -> tuple[int, ...]:
+    """The layers that a method drops at one depth.
+
+    Raises:
+        LayerShapError: nothing was compared yet, or not to that depth.
+    """
+    if comparison is None or not method:
+        raise LayerShapError("Compare methods first; then choose one of them.")
+    depth = whole("Layers dropped", dropped)
+    sets = comparison.result(method).frontier.sets
+    if not 1 <= depth <= len(sets):
+        raise LayerShapError(f"Layers dropped is {depth}; choose from 1 to {len(sets)}.")
+    return sets[depth - 1]
+
+
+def _progress(step: MethodsProgress) -> str:
+    left = f", about {duration(step.seconds_left)} left" if step.seconds_left else ""
+    return progress_bar(
+        step.stage, step.done / max(step.total, 1), f"{step.done} of {step.total} evaluations{left}"
+    )
+
+
+def _summary(step: MethodsProgress) -> str:
+    count = len(step.comparison.results)
+    if step.stage == "Done":
+        return f"Done: {count} method{'s' if count > 1 else ''} measured on held-out text."
+    return (
+        f"Stopped: {count} finished. What was measured is kept; compare again to go on from here."
+    )
