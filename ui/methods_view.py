@@ -20,6 +20,7 @@ from ui.setup_view import REFRESH_SECONDS, whole
 from ui.status import duration, guarded, news, progress_bar
 
 NOTHING_YET = "Choose methods and press Compare methods: each is measured on held-out text."
+NOT_COMPARED = "Nothing compared yet."
 DEFAULT_METHODS = (METHOD, "Leave one out", "Block Influence", "Angular distance")
 DEFAULT_DEEPEST, DEFAULT_SHOWN = 8, 4
 
@@ -40,11 +41,10 @@ class MethodsView:
     def draw(self, comparison: MethodsComparison | None) -> dict[Any, Any]:
         """Updates that show a comparison, or what to do to see one."""
         if comparison is None or not comparison.results:
-            empty = empty_figure(NOTHING_YET)
             return {
-                self.chart: empty,
-                self.map: empty,
-                self.agreement: empty,
+                self.chart: empty_figure(NOTHING_YET),
+                self.map: empty_figure(NOT_COMPARED),
+                self.agreement: empty_figure(NOT_COMPARED),
                 self.method: gr.update(choices=[], value=None),
                 self.shown: gr.update(maximum=DEFAULT_DEEPEST, value=DEFAULT_SHOWN),
             }
@@ -85,11 +85,10 @@ def methods_view() -> MethodsView:
             )
             compare = gr.Button("Compare methods", variant="primary", elem_id="compare-methods")
             cost = gr.HTML(elem_id="methods-cost")
-    empty = empty_figure(NOTHING_YET)
     gr.Markdown("### Held-out perplexity of every method's choice")
-    chart = gr.Plot(empty, show_label=False, elem_id="methods-chart")
+    chart = gr.Plot(empty_figure(NOTHING_YET), show_label=False, elem_id="methods-chart")
     read_line(CHART_HOW_TO_READ)
-    with gr.Row(equal_height=True):
+    with gr.Row(equal_height=False):
         shown = gr.Slider(
             1, DEFAULT_DEEPEST, value=DEFAULT_SHOWN, step=1, label="Layers dropped", scale=2
         )
@@ -100,11 +99,13 @@ def methods_view() -> MethodsView:
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=340):
             gr.Markdown("### Which layers each drops")
-            layers = gr.Plot(empty, show_label=False, elem_id="methods-map")
+            layers = gr.Plot(empty_figure(NOT_COMPARED), show_label=False, elem_id="methods-map")
             read_line(MAP_HOW_TO_READ)
         with gr.Column(scale=2, min_width=340):
             gr.Markdown("### How far they agree")
-            agreement = gr.Plot(empty, show_label=False, elem_id="methods-agreement")
+            agreement = gr.Plot(
+                empty_figure(NOT_COMPARED), show_label=False, elem_id="methods-agreement"
+            )
             read_line(AGREEMENT_HOW_TO_READ)
     return MethodsView(
         methods, deepest, compare, cost, chart, shown, method, take, layers, agreement

@@ -64,7 +64,7 @@ def methods_chart(comparison: MethodsComparison) -> go.Figure:
         margin_t=70,
     )
     figure.update_xaxes(range=[0, comparison.deepest + 0.5], tickformat="d")
-    figure.update_yaxes(type="log", tickformat="~g", minor={"ticks": ""})
+    figure.update_yaxes(type="log", tickformat="~g", dtick="D2", minor={"ticks": ""})
     return figure
 
 
@@ -111,7 +111,8 @@ def agreement_heatmap(comparison: MethodsComparison, dropped: int) -> go.Figure:
         y=names,
         zmin=0,
         zmax=1,
-        colorscale=[[0.0, "rgba(128, 136, 150, 0.08)"], [1.0, ACCENT]],
+        # Pale, so that the numbers stay readable on it, on light and dark pages.
+        colorscale=[[0.0, "rgba(128, 136, 150, 0.08)"], [1.0, "rgba(47, 111, 223, 0.40)"]],
         showscale=False,
         xgap=2,
         ygap=2,
