@@ -168,6 +168,29 @@ def test_interactions_and_the_measured_pair(page):
     shot(page, "interactions")
 
 
+def test_methods_are_compared_and_one_set_is_tried(page):
+    tab(page, "Methods")
+    for name in ("LayerShap search", "Leave one out", "Angular distance"):
+        page.get_by_label(name).uncheck()
+    page.get_by_label("Last layers").check()
+    page.get_by_label("number input for Up to how many layers dropped").fill("2")
+    expect(page.locator("#methods-cost")).to_contain_text("At most 1 evaluations to choose")
+    page.locator("#compare-methods").click()
+    expect(page.locator("#status")).to_contain_text("Done: 2 methods", timeout=MEASURE_MS)
+    lines = page.locator("#methods-chart .scatterlayer .trace")
+    expect(lines).to_have_count(3)
+    expect(page.locator("#methods-map")).to_contain_text("Last layers")
+    shot(page, "methods")
+    page.locator("#method input").click()
+    page.get_by_role("option", name="Last layers").click()
+    page.locator("#take-set").click()
+    expect(page.locator("#status")).to_contain_text("Last layers drops 28, 29")
+    expect(page.locator(".ls-dropped")).to_have_text(["28", "29"])
+    tab(page, "Prune and compare")
+    page.get_by_role("button", name="Keep all layers").click()
+    expect(page.locator(".ls-dropped")).to_have_count(0)
+
+
 def test_layers_are_dropped_by_mouse_and_by_keyboard(page):
     tab(page, "Prune and compare")
     layer(page, 13).click()

@@ -4,17 +4,22 @@ import numpy as np
 import pytest
 
 from core.analysis import analyze
+from core.baselines import Frontier
 from core.contributions import Contributions
 from core.interactions import Interactions
+from core.methods import MethodResult, MethodsComparison
 from core.study import Comparison
 from games import with_pairs
 from ui.figures import (
+    agreement_heatmap,
     comparison_chart,
     contribution_bars,
     contribution_heatmap,
     empty_figure,
     interaction_graph,
     interaction_heatmap,
+    methods_chart,
+    methods_map,
     pair_utilities,
     surrogate_scatter,
 )
@@ -152,6 +157,44 @@ def test_axis_labels_never_crowd(n, most):
     assert ticks[0] == 0
     assert len(ticks) <= most
     assert max(ticks) < n
+
+
+@pytest.fixture
+def compared():
+    rng = np.random.default_rng(0)
+
+    def result(method, sets, evaluations):
+        losses = rng.uniform(3.7, 6.0, len(sets))
+        return MethodResult(
+            Frontier(method, sets, (evaluations,) * len(sets)), losses, losses + 0.1
+        )
+
+    first = result("Leave one out", ((4,), (2, 4), (2, 3, 4)), 6)
+    second = result("LayerShap search", ((4,), (1, 4), (1, 3, 4)), 30)
+    second.held_out[1:] = first.held_out[1:] - 0.5
+    second.held_out[2] = np.inf
+    return MethodsComparison(6, 3.6, 3.7, (first, second))
+
+
+def test_a_line_per_method_ours_on_top_and_a_gap_where_a_loss_is_not_finite(compared):
+    full, other, ours = methods_chart(compared).data
+    assert (other.name, ours.name) == ("Leave one out", "LayerShap search")
+    np.testing.assert_allclose(full.y, np.exp(3.7))
+    np.testing.assert_allclose(other.y, np.exp(compared.results[0].held_out))
+    assert ours.y[2] is None
+    assert "1, 4" in ours.text[1]
+    assert "30 model evaluations" in ours.text[1]
+
+
+def test_the_map_fills_what_each_method_drops_best_first(compared):
+    [cells] = methods_map(compared, 2).data
+    assert [name.split(" (")[0] for name in cells.y] == ["LayerShap search", "Leave one out"]
+    assert cells.z.tolist() == [[0, 1, 0, 0, 1, 0], [0, 0, 1, 0, 1, 0]]
+
+
+def test_agreement_is_the_share_in_common(compared):
+    [cells] = agreement_heatmap(compared, 3).data
+    np.testing.assert_allclose(cells.z, [[1, 2 / 3], [2 / 3, 1]])
 
 
 def test_an_empty_figure_says_what_to_do():

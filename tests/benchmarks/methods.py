@@ -109,11 +109,8 @@ def _losses(game: LayerGame, frontier: Frontier) -> NDArray[np.float64]:
 
 def _report(table: pd.DataFrame, options: argparse.Namespace) -> None:
     full = table[table.k == 0]
-    print(
-        f"{options.splits} splits of {options.blocks} x {options.length} tokens; full model:",
-        end="",
-    )
-    print(f" held-out perplexity {np.exp(full['held-out']).mean():.2f}")
+    print(f"{options.splits} splits of {options.blocks} x {options.length} tokens")
+    print(f"full model: held-out perplexity {np.exp(full['held-out'].mean()):.2f}")
     cuts = table[table.k > 0]
     for text in ("held-out", "calibration"):
         print(f"\n{text} perplexity, geometric mean over splits")
