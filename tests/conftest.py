@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+TINY_LAYERS = 8
+WORDS = [f"w{number}" for number in range(60)]
+
 
 @pytest.fixture(scope="session")
 def bundled_model():
@@ -41,3 +44,20 @@ def tiny_llama():
         return module
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_llama, tmp_path_factory):
+    """A saved tiny model with a tokenizer that knows only `WORDS`."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama(TINY_LAYERS).save_pretrained(folder)
+    vocabulary = {word: number for number, word in enumerate(["<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<unk>"
+    ).save_pretrained(folder)
+    return folder

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import transformers
 from gradio_client import Client, handle_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 
+from conftest import TINY_LAYERS, WORDS
 from core.errors import LayerShapError
 from ui.page import build
 from ui.session import Session, StopSignals
@@ -21,21 +21,7 @@ from ui.setup_view import TEXT_HUB, _text_source
 from ui.status import alert, duration, guarded, progress_bar, streamed
 from ui.strip import strip_value
 
-LAYERS = 8
-WORDS = [f"w{number}" for number in range(60)]
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tiny_llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_llama(LAYERS).save_pretrained(folder)
-    vocabulary = {word: number for number, word in enumerate(["<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<unk>"
-    ).save_pretrained(folder)
-    return folder
+LAYERS = TINY_LAYERS
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,6 @@ from core.models import load_model
 from core.surrogate import fit_surrogate
 from core.text import load_text
 
-BUDGETS = (64, 128, 256, 512, 1024)
-PUBLISHED_BUDGET = 8000
 REFERENCE_SEED, PUBLISHED_SEED = 1000, 2000
 # Layers below the operating range hold little utility: fewer masks are enough there.
 REFERENCE_BELOW = 0.125
@@ -61,16 +59,17 @@ def main() -> None:
     unseen, reference = _reference(game, options.reference)
     rows = []
     for seed in range(options.seeds):
-        for budget in BUDGETS:
+        for budget in options.budgets:
             rows.append(_ours(game, budget, seed, unseen, reference["operating range"]))
             print(rows[-1], flush=True)
-    for budget in (*BUDGETS, PUBLISHED_BUDGET):
-        for seed in range(options.seeds if budget < PUBLISHED_BUDGET else 1):
-            rows.append(_published(game, budget, seed, unseen, reference["published strata"]))
+    target = reference["published strata"]
+    for budget in (*options.budgets, options.published):
+        for seed in range(options.seeds if budget < options.published else 1):
+            rows.append(_published(game, budget, seed, options, unseen, target))
             print(rows[-1], flush=True)
     for name, build in APPROXIMATORS.items():
         for seed in range(options.seeds):
-            for budget in BUDGETS:
+            for budget in options.budgets:
                 values, used = _approximated(game, build(n, seed), budget)
                 scores = _scores(values, reference["Shapley"])
                 rows.append({"method": name, "budget": budget, "used": used, **scores})
@@ -87,6 +86,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--block-length", dest="length", type=int, default=128)
     parser.add_argument("--reference", type=int, default=4000, help="masks behind the reference")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
+    parser.add_argument("--published", type=int, default=8000, help="the paper's own budget")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--cache", default=None, help="folder; by default the user's")
     return parser.parse_args()
@@ -157,11 +158,11 @@ def _ours(game, budget, seed, unseen, reference):
     return row | {"estimation seconds": seconds}
 
 
-def _published(game, budget, seed, unseen, reference):
+def _published(game, budget, seed, options, unseen, reference):
     """The paper's surrogate and its estimator: no correction by what was measured."""
     n = game.n_layers
     strata = published_strata(n)
-    everything = sample_masks(n, strata, PUBLISHED_BUDGET, PUBLISHED_SEED)
+    everything = sample_masks(n, strata, options.published, PUBLISHED_SEED)
     masks = everything[seed * budget : (seed + 1) * budget]
     losses = _measured(game, masks, "published")
     surrogate = fit_surrogate(masks, losses - game.full_loss, kind="published", seed=seed)
