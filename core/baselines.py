@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from core.masks import Masks, leave_out
 from core.surrogate import finite_excess
 
 Floats = NDArray[np.float64]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,15 @@ class Frontier:
 
 # A method yields after each evaluation and returns its frontier.
 Method = Generator[None, None, Frontier]
+
+
+def finish(method: Generator[None, None, T]) -> T:
+    """Run a method to its end without watching it."""
+    while True:
+        try:
+            next(method)
+        except StopIteration as end:
+            return end.value
 
 
 def measured(game: Game, masks: Masks) -> Generator[None, None, Floats]:

@@ -18,7 +18,7 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 from scipy.stats import norm
 
-from core.baselines import Frontier, measured
+from core.baselines import Frontier, finish, measured
 from core.errors import LayerShapError
 from core.game import Game
 from core.masks import leave_out
@@ -178,6 +178,11 @@ def search(
         # Every set within reach was measured before the budget was spent.
         frontiers.append(known.frontier(process, deepest))
     return frontiers
+
+
+def best_sets(game: Game, deepest: int, budget: int | None = None) -> Frontier:
+    """The sets of 1 … deepest layers that `search` chooses in the end."""
+    return finish(search(game, deepest, budget))[-1]
 
 
 class _Known:

@@ -12,8 +12,9 @@ from torch import nn
 
 from core import packing
 from core.evaluation import Evaluator
-from core.masks import default_strata, sample_masks
-from core.models import describe
+from core.masks import default_strata, leave_out, sample_masks
+from core.models import describe, load_model
+from core.text import load_text
 from tiny_models import tiny
 
 FAULTS = """
@@ -69,6 +70,18 @@ def test_full_precision_and_products_that_would_differ_stay_plain(monkeypatch):
     monkeypatch.setattr(packing, "_packed_linear", lambda packed, bias, input: input + 1)
     packing.pack_linears(narrow)
     assert not packed_linears(narrow)
+
+
+@pytest.mark.bundled
+def test_bfloat16_gives_the_real_models_perplexities_to_a_hundredth():
+    perplexities = {}
+    for dtype in ("bfloat16", "float32"):
+        model = load_model("bundled", dtype=dtype)
+        text = load_text("bundled", model.tokenizer, blocks=4)
+        masks = np.array([leave_out(30, dropped) for dropped in ((), (13,), (4, 16, 17, 18))])
+        measured = dict(Evaluator(model, text.calibration).losses(masks))
+        perplexities[dtype] = np.exp([measured[row] for row in range(3)])
+    np.testing.assert_allclose(*perplexities.values(), rtol=0.01)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator only")

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from core.allocator import keep_freed_memory
 from core.analysis import analyze
-from core.baselines import Frontier
+from core.baselines import Frontier, finish
 from core.cache import EvaluationCache
 from core.game import LayerGame
 from core.masks import leave_out
@@ -85,22 +85,14 @@ def _frontiers(game: LayerGame, options: argparse.Namespace) -> Iterator[Frontie
     for name in options.methods:
         if name == METHOD:
             budget = default_budget(game.n_layers, deepest)
-            yield from _finish(
+            yield from finish(
                 search(game, deepest, budget, [round(share * budget) for share in SNAPSHOTS])
             )
         else:
-            yield _finish(KINDS[name].run(game, deepest))
+            yield finish(KINDS[name].run(game, deepest))
     if options.shapley:
         order = np.argsort(analyze(game, options.shapley).contributions, kind="stable")
         yield Frontier.of_ranking(SHAPLEY, iter(order), deepest, options.shapley)
-
-
-def _finish(method):
-    while True:
-        try:
-            next(method)
-        except StopIteration as end:
-            return end.value
 
 
 def _losses(game: LayerGame, frontier: Frontier) -> NDArray[np.float64]:
