@@ -81,7 +81,7 @@ class Evaluator:
     ) -> None:
         self.model = model
         self.tokens = tokens.to(model.device)
-        self._shell, self._stand_ins = model.taken_apart.shell, model.taken_apart.stand_ins
+        self._parts = model.taken_apart
         self.plan = _plan(model, self.tokens, memory_budget, group)
         self._recordings: dict[tuple[int, int], tuple[Tensor, list[BlockCall]]] = {}
         self._recording = threading.Lock()
@@ -159,8 +159,8 @@ class Evaluator:
         losses = []
         for first in range(0, len(state), self.plan.head_rows):
             part = slice(first, first + self.plan.head_rows)
-            with self._stand_ins.injecting(state[part]):
-                logits = self._shell(input_ids=text[part], use_cache=False).logits
+            with self._parts.stand_ins.injecting(state[part]):
+                logits = self._parts.shell(input_ids=text[part], use_cache=False).logits
             losses.append(_summed_cross_entropy(logits[:, :-1], text[part, 1:]))
         return torch.cat(losses)
 
@@ -170,8 +170,10 @@ class Evaluator:
         with self._recording:
             if (start, copies) not in self._recordings:
                 text = self.tokens[start : start + self.plan.rows].repeat(copies, 1)
-                self._recordings[start, copies] = self._stand_ins.record(
-                    lambda: self._shell(input_ids=text, use_cache=False, **_no_logits(self._shell))
+                self._recordings[start, copies] = self._parts.stand_ins.record(
+                    lambda: self._parts.shell(
+                        input_ids=text, use_cache=False, **_no_logits(self._parts.shell)
+                    )
                 )
             return self._recordings[start, copies]
 
@@ -181,7 +183,7 @@ class Evaluator:
         results: list[Tensor] = []
         group = self.plan.group
         call = self.recording(start, group)[1][layer]
-        block = self.model.taken_apart.blocks[layer]
+        block = self._parts.blocks[layer]
         for first in range(0, len(states), group):
             step = states[first : first + group]
             padded = step + [step[-1]] * (group - len(step))

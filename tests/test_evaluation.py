@@ -1,5 +1,7 @@
 """Masked evaluation against models whose layers were really deleted."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -131,3 +133,14 @@ def test_a_loss_that_is_not_finite_is_infinite_and_worth_nothing(model, tokens, 
     game = LayerGame(broken, tokens, EvaluationCache(tmp_path))
     assert (game.losses(masks) == losses).all()
     assert (LayerGame(broken, tokens, EvaluationCache(tmp_path)).losses(masks) == losses).all()
+
+
+def test_evaluators_of_one_model_in_several_threads_do_not_disturb_each_other(model):
+    masks = all_masks(6)[1:20]
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, 128, (3, 16), generator=generator) for _ in range(4)]
+    alone = [evaluate(Evaluator(describe(model.module), text), masks) for text in texts]
+    shared = describe(model.module)
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda text: evaluate(Evaluator(shared, text), masks), texts))
+    np.testing.assert_array_equal(together, alone)
