@@ -25,6 +25,7 @@ from core.masks import (
     published_strata,
     sample_masks,
 )
+from core.players import Players
 from core.surrogate import FittedSurrogate, SurrogateKind
 
 FIRST_ROUND = 16
@@ -77,6 +78,7 @@ class Analysis:
 
     Attributes:
         settings: as resolved for this game.
+        players: what the columns of the masks stand for.
         masks: bool [m, n], distinct; the full mask is not among them unless it was sampled.
         losses: float64 [m], mean NLL in nats, `inf` where not finite.
         full_loss: mean NLL of the unpruned model, nats.
@@ -85,6 +87,7 @@ class Analysis:
     """
 
     settings: AnalysisSettings
+    players: Players
     masks: Masks
     losses: NDArray[np.float64]
     full_loss: float
@@ -92,7 +95,7 @@ class Analysis:
     planned: int
 
     @property
-    def n_layers(self) -> int:
+    def n_players(self) -> int:
         return self.masks.shape[1]
 
     @property
@@ -130,14 +133,14 @@ class Analysis:
 
         About 90 % of unseen masks with a similar prediction fell between low and high.
         """
-        excess = self.surrogate.predict(check_masks(masks, self.n_layers))
+        excess = self.surrogate.predict(check_masks(masks, self.n_players))
         loss, half = self.full_loss + excess, self.surrogate.halfwidth(excess)
         return np.exp(loss), np.exp(loss - half), np.exp(loss + half)
 
     def separated_pairs(self) -> float:
         """Share of layer pairs whose 95 % intervals do not overlap."""
         low, high = self.intervals.T
-        first, second = np.triu_indices(self.n_layers, 1)
+        first, second = np.triu_indices(self.n_players, 1)
         if not len(first):
             return 1.0
         apart = (low[first] > high[second]) | (low[second] > high[first])
@@ -146,13 +149,16 @@ class Analysis:
     def verdict(self) -> str:
         """In plain words, whether the ranking can be trusted yet."""
         quality = self.surrogate.quality
-        told_apart = f"{self.separated_pairs():.0%} of layer pairs have intervals that do not touch"
+        told_apart = (
+            f"{self.separated_pairs():.0%} of {self.players.noun} pairs have intervals that do not "
+            "touch"
+        )
         seen = (
             f"On {quality.count} masks it never saw, the surrogate's order agrees with the "
             f"measured one at Spearman {quality.spearman:.2f} (R² {quality.r2:.2f}); {told_apart}."
         )
-        if len(self.masks) >= 2**self.n_layers - 1:
-            return "Exact: every layer subset was measured, so nothing here is estimated."
+        if len(self.masks) >= 2**self.n_players - 1:
+            return "Exact: every subset was measured, so nothing here is estimated."
         if not np.isfinite(quality.spearman):
             return "Too few evaluations to judge the surrogate yet: run more."
         if quality.spearman >= 0.9 and quality.r2 >= 0.7:
@@ -187,7 +193,7 @@ def analyze(
     """Measure masks of a game and estimate contributions and interactions.
 
     Args:
-        game: a LayerGame, or anything with `n_layers` and `measure`.
+        game: a LayerGame, or anything with `players` and `measure`.
         evaluations, seed, strata, utility, surrogate: see `AnalysisSettings`.
         on_progress: told of every evaluation and of every partial result.
         stop: asked after every evaluation; True ends the run with what was measured.
@@ -222,7 +228,7 @@ def run(
 
     After a stop the last yield holds the result of the rounds measured so far, if any.
     """
-    n = game.n_layers
+    n = game.players.count
     settings = settings.resolved(n)
     masks = sample_masks(n, settings.strata, settings.evaluations, settings.seed)
     total = len(masks)
@@ -255,7 +261,7 @@ def run(
             used = measured if first == 0 or measured[first:last].all() else np.arange(first)
             yield AnalysisProgress("Estimating contributions", done, total, None)
             started = time.monotonic()
-            result = _estimated(settings, masks[used], losses[used], full_loss, total)
+            result = _estimated(settings, game.players, masks[used], losses[used], full_loss, total)
             last_estimate = time.monotonic()
             estimate_seconds = last_estimate - started
             stage = "Partial result" if not final else "Done" if done == total else "Stopped"
@@ -267,17 +273,20 @@ def run(
 
 def from_measurements(
     settings: AnalysisSettings,
+    players: Players,
     masks: Masks,
     losses: NDArray[np.float64],
     full_loss: float,
     planned: int,
 ) -> Analysis:
     """Estimate from masks measured earlier, as a saved study holds them."""
-    return _estimated(settings.resolved(masks.shape[1]), masks, losses, full_loss, planned)
+    resolved = settings.resolved(players.count)
+    return _estimated(resolved, players, masks, losses, full_loss, planned)
 
 
 def _estimated(
     settings: AnalysisSettings,
+    players: Players,
     masks: Masks,
     losses: NDArray[np.float64],
     full_loss: float,
@@ -292,7 +301,7 @@ def _estimated(
         surrogate=settings.surrogate,
         seed=settings.seed,
     )
-    return Analysis(settings, masks, losses, full_loss, estimates, planned)
+    return Analysis(settings, players, masks, losses, full_loss, estimates, planned)
 
 
 def _round_ends(total: int) -> list[int]:

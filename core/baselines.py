@@ -71,14 +71,14 @@ def measured(game: Game, masks: Masks) -> Generator[None, None, Floats]:
 def random_order(game: LayerGame, deepest: int, seed: int = 0) -> Method:
     """Layers in random order."""
     yield from ()
-    order = np.random.default_rng(seed).permutation(game.n_layers)
+    order = np.random.default_rng(seed).permutation(game.n_players)
     return Frontier.of_ranking("Random", order, deepest, 0)
 
 
 def last_layers(game: LayerGame, deepest: int) -> Method:
     """The last k layers."""
     yield from ()
-    return Frontier.of_ranking("Last layers", reversed(range(game.n_layers)), deepest, 0)
+    return Frontier.of_ranking("Last layers", reversed(range(game.n_players)), deepest, 0)
 
 
 def weight_magnitude(game: LayerGame, deepest: int) -> Method:
@@ -96,7 +96,7 @@ def block_influence(game: LayerGame, deepest: int) -> Method:
     """Layers by ascending 1 − E cos(input, output) (ShortGPT, arXiv 2403.03853, equation 1)."""
     similarities = hidden_similarities(game)
     yield
-    influence = 1 - np.array([similarities[i, i + 1] for i in range(game.n_layers)])
+    influence = 1 - np.array([similarities[i, i + 1] for i in range(game.n_players)])
     return Frontier.of_ranking("Block Influence", np.argsort(influence, kind="stable"), deepest, 1)
 
 
@@ -109,7 +109,7 @@ def angular_distance(game: LayerGame, deepest: int) -> Method:
     yield
     sets = []
     for k in range(1, deepest + 1):
-        distances = [angles[start, start + k] for start in range(game.n_layers - k + 1)]
+        distances = [angles[start, start + k] for start in range(game.n_players - k + 1)]
         start = int(np.argmin(distances))
         sets.append(tuple(range(start, start + k)))
     return Frontier("Angular distance", tuple(sets), (1,) * deepest)
@@ -117,14 +117,14 @@ def angular_distance(game: LayerGame, deepest: int) -> Method:
 
 def leave_one_out(game: LayerGame, deepest: int) -> Method:
     """Layers by ascending loss without each (Shortened LLaMA, arXiv 2402.02834)."""
-    n = game.n_layers
+    n = game.players.count
     losses = yield from measured(game, ~np.eye(n, dtype=bool))
     return Frontier.of_ranking("Leave one out", np.argsort(losses, kind="stable"), deepest, n)
 
 
 def greedy(game: LayerGame, deepest: int) -> Method:
     """Drop the layer that costs least, measure all that remain, repeat (SLEB, arXiv 2402.09025)."""
-    n = game.n_layers
+    n = game.players.count
     dropped: list[int] = []
     sets, evaluations, spent = [], [], 0
     for _ in range(deepest):
@@ -143,7 +143,7 @@ def quadratic(game: LayerGame, deepest: int) -> Method:
 
     δᵢ is what dropping i adds to the loss, εᵢⱼ what dropping both adds beyond δᵢ + δⱼ.
     """
-    n = game.n_layers
+    n = game.players.count
     first, second = np.triu_indices(n, 1)
     single = ~np.eye(n, dtype=bool)
     masks = np.concatenate([np.ones((1, n), dtype=bool), single, single[first] & single[second]])

@@ -1,8 +1,9 @@
-"""Perplexity of many layer masks: skip dropped blocks, compute every shared prefix once.
+"""Perplexity of many masks: skip what is dropped, compute every shared prefix once.
 
-Two masks that agree on their first l layers have the same hidden state after layer l. Masks are
-sorted so that common prefixes are neighbours, and walked level by level as a prefix tree: one block
-execution per distinct (prefix, kept layer), none for a dropped layer. Work comes in *steps* of a
+Every player is one step of the model: a block, or one branch of a block. Two masks that agree on
+their first l players have the same hidden state after step l. Masks are sorted so that common
+prefixes are neighbours, and walked level by level as a prefix tree: one execution per distinct
+(prefix, kept player), none for a dropped one. Work comes in *steps* of a
 fixed shape (`group` states at once, the last step padded), so that a mask's value does not depend
 on which other masks it was evaluated with.
 """
@@ -25,8 +26,9 @@ from core.blocks import BlockCall, hidden_of
 from core.errors import LayerShapError
 from core.masks import Masks
 from core.models import LayeredModel
+from core.players import PlayerKind
 
-# Tokens per block execution that keep the device's matrix units busy.
+# Tokens per step that keep the device's matrix units busy.
 STEP_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
 # Masks walked together, as a multiple of the group: enough that padding costs little.
 CHUNK_GROUPS = 64
@@ -45,7 +47,7 @@ class Plan:
 
     Attributes:
         rows: blocks of text evaluated at once.
-        group: masks' states in one block execution.
+        group: masks' states in one step.
         chunk: masks walked together.
         head_rows: rows of final states, of one mask or of several, whose logits are computed at
             once.
@@ -60,13 +62,14 @@ class Plan:
 
 
 class Evaluator:
-    """Mean negative log-likelihood of layer masks on one set of token blocks.
+    """Mean negative log-likelihood of masks on one set of token blocks.
 
     Args:
         model: the language model.
         tokens: LongTensor [blocks, length]; every block predicts its tokens 1 … length - 1.
         memory_budget: bytes that hidden states may take; by default what is free, less a reserve.
-        group: masks' states per block execution; by default what the device needs to be busy.
+        group: masks' states per step execution; by default what the device needs to be busy.
+        players: what a column of a mask stands for.
 
     Safe to use from several threads at once.
     """
@@ -78,18 +81,21 @@ class Evaluator:
         *,
         memory_budget: int | None = None,
         group: int | None = None,
+        players: PlayerKind = "blocks",
     ) -> None:
         self.model = model
         self.tokens = tokens.to(model.device)
+        self.players = model.players(players)
         self._parts = model.taken_apart
-        self.plan = _plan(model, self.tokens, memory_budget, group)
+        self._steps = model.steps(players)
+        self.plan = _plan(model, self.tokens, self.players.count, memory_budget, group)
         self._recordings: dict[tuple[int, int], tuple[Tensor, list[BlockCall]]] = {}
         self._recording = threading.Lock()
         self.layer_executions = 0
-        """Block executions so far, in units of one mask's whole text."""
+        """Executions of blocks, or of branches, so far, in units of one mask's whole text."""
 
     def losses(self, masks: Masks) -> Iterator[tuple[int, float]]:
-        """Evaluate masks, bool [m, n]; yield (row of `masks`, mean NLL in nats) as they finish.
+        """Evaluate masks, bool [m, players]; yield (row of `masks`, mean NLL) as they finish.
 
         A non-finite loss is yielded as `inf`.
 
@@ -109,15 +115,15 @@ class Evaluator:
             pending = pending[done:]
 
     def hidden_states(self) -> list[Tensor]:
-        """The unpruned model's residual stream before each block and after the last.
+        """The unpruned model's residual stream before each player and after the last.
 
-        n + 1 tensors [blocks, length, hidden].
+        players + 1 tensors [blocks, length, hidden].
         """
         shards = []
         for start in range(0, len(self.tokens), self.plan.rows):
             states = [self.recording(start, 1)[0]]
-            for layer in range(self.model.n_layers):
-                states += self.run_block(layer, states[-1:], start)
+            for player in range(self.players.count):
+                states += self.run_step(player, states[-1:], start)
             shards.append(states)
         return [torch.cat(parts) for parts in zip(*shards, strict=True)]
 
@@ -178,17 +184,17 @@ class Evaluator:
             return self._recordings[start, copies]
 
     @torch.inference_mode()
-    def run_block(self, layer: int, states: list[Tensor], start: int) -> list[Tensor]:
-        """Run one block on states [rows, length, hidden], `group` of them at a time."""
+    def run_step(self, player: int, states: list[Tensor], start: int) -> list[Tensor]:
+        """Run one player on states [rows, length, hidden], `group` of them at a time."""
         results: list[Tensor] = []
         group = self.plan.group
-        call = self.recording(start, group)[1][layer]
-        block = self._parts.blocks[layer]
+        call = self.recording(start, group)[1][self.players.layers[player]]
+        run = self._steps[player]
         for first in range(0, len(states), group):
             step = states[first : first + group]
             padded = step + [step[-1]] * (group - len(step))
             batch = padded[0] if group == 1 else torch.cat(padded)
-            output = hidden_of(block(batch, *call.args, **call.kwargs))
+            output = hidden_of(run(batch, *call.args, **call.kwargs))
             results += [output] if group == 1 else output.chunk(group)[: len(step)]
         share = len(states[0]) / len(self.tokens) if states else 0.0
         self.layer_executions += len(states) * share
@@ -246,20 +252,20 @@ class _PrefixWalk:
         states = [root]
         node = np.zeros(len(masks), dtype=np.intp)
         path = [root]
-        for layer in range(n):
+        for player in range(n):
             keys, first, child = np.unique(
-                node * 2 + ~masks[:, layer], return_index=True, return_inverse=True
+                node * 2 + ~masks[:, player], return_index=True, return_inverse=True
             )
             parents = [states[key // 2] for key in keys]
             # Sorted masks: only the first mask's node can lie on the path walked before.
-            known = child[0] if layer < shared else -1
-            to_run = [c for c in range(len(keys)) if masks[first[c], layer] and c != known]
-            outputs = evaluator.run_block(layer, [parents[c] for c in to_run], start)
+            known = child[0] if player < shared else -1
+            to_run = [c for c in range(len(keys)) if masks[first[c], player] and c != known]
+            outputs = evaluator.run_step(player, [parents[c] for c in to_run], start)
             states = parents
             for c, output in zip(to_run, outputs, strict=True):
                 states[c] = output
             if known >= 0:
-                states[known] = self._path[layer + 1]
+                states[known] = self._path[player + 1]
             node = child
             path.append(states[node[-1]])
         self._last, self._path = masks[-1], path
@@ -271,16 +277,18 @@ def _common_prefix(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> int:
     return int(different[0]) if len(different) else len(a)
 
 
-def _plan(model: LayeredModel, tokens: Tensor, budget: int | None, group: int | None) -> Plan:
+def _plan(
+    model: LayeredModel, tokens: Tensor, depth: int, budget: int | None, group: int | None
+) -> Plan:
     blocks, length = tokens.shape
     kind = model.device.type
     weight = next(model.module.parameters())
     row_bytes = length * model.info.hidden_size * weight.element_size()
     budget = budget or int(_free_memory(model.device) * (1 - MEMORY_RESERVE))
-    # Worst case for one mask alone: a distinct state after every layer, and one step in flight.
-    rows = max(1, min(blocks, budget // (row_bytes * (model.n_layers + 4))))
+    # Worst case for one mask alone: a distinct state after every player, and one step in flight.
+    rows = max(1, min(blocks, budget // (row_bytes * (depth + 4))))
     group = group or max(1, STEP_TOKENS.get(kind, 4096) // (rows * length))
-    capacity = int(budget * (1 - HEAD_SHARE)) // (row_bytes * rows) - model.n_layers - 4 * group
+    capacity = int(budget * (1 - HEAD_SHARE)) // (row_bytes * rows) - depth - 4 * group
     chunk = 1 if group == 1 else max(1, min(CHUNK_GROUPS * group, capacity // 2))
     vocabulary = model.module.get_input_embeddings().weight.shape[0]
     logits_bytes = length * vocabulary * weight.element_size()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,28 +38,27 @@ def footprint(model: LayeredModel) -> Footprint:
     return Footprint(
         parameters=sum(p.numel() for p in parameters),
         weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
-        cache_bytes=_cache_bytes_per_token(model),
+        cache_bytes=sum(cache_bytes_by_layer(model)) or None,
     )
 
 
 @torch.inference_mode()
-def _cache_bytes_per_token(model: LayeredModel) -> int | None:
-    """Measured, not looked up: how much the model's own key/value cache grows with a token."""
+def cache_bytes_by_layer(model: LayeredModel) -> tuple[int, ...]:
+    """Bytes by which each layer's key/value cache grows with a token; empty without such a cache.
+
+    Measured on the model's own cache, not looked up.
+    """
     sizes = []
     for length in (2, 3):
         tokens = torch.arange(length, device=model.device).unsqueeze(0)
         cache = getattr(model.module(input_ids=tokens, use_cache=True), "past_key_values", None)
-        if cache is None:
-            return None
-        sizes.append(
-            sum(
-                tensor.numel() * tensor.element_size()
-                for layer in getattr(cache, "layers", ())
-                for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
-                if isinstance(tensor, torch.Tensor)
-            )
-        )
-    return (sizes[1] - sizes[0]) or None
+        sizes.append([_cached_bytes(layer) for layer in getattr(cache, "layers", ())])
+    return tuple(after - before for before, after in zip(*sizes, strict=True))
+
+
+def _cached_bytes(layer: Any) -> int:
+    tensors = (getattr(layer, "keys", None), getattr(layer, "values", None))
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
 def measure_speed(
@@ -76,25 +75,43 @@ def measure_speed(
     The two alternate, so that whatever else the machine does falls on both. A prompt that would
     not leave room for the new tokens in the context is shortened.
     """
-    context = full.info.context_length
+    first, second = measure_speeds(
+        (full, pruned),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        stop=stop,
+    )
+    return first, second
+
+
+def measure_speeds(
+    models: Sequence[LayeredModel],
+    *,
+    prompt_tokens: int = 128,
+    new_tokens: int = 16,
+    repeats: int = 4,
+    stop: Callable[[], bool] | None = None,
+) -> list[Speed]:
+    """As `measure_speed`, for any number of versions of one model."""
+    context = models[0].info.context_length
     if context is not None:
         prompt_tokens = max(1, min(prompt_tokens, context - new_tokens - 1))
-    seconds: dict[int, list[tuple[float, float]]] = {0: [], 1: []}
+    seconds: list[list[tuple[float, float]]] = [[] for _ in models]
     for repeat in range(repeats + 1):
-        for which, model in enumerate((full, pruned)):
+        for times, model in zip(seconds, models, strict=True):
             measured = _time_generation(model, prompt_tokens, new_tokens)
             if repeat:
-                seconds[which].append(measured)
+                times.append(measured)
         if repeat and stop and stop():
             break
-    first, second = (
+    return [
         Speed(
             prefill=prompt_tokens / min(prefill for prefill, _ in times),
             decode=new_tokens / min(decode for _, decode in times),
         )
-        for times in seconds.values()
-    )
-    return first, second
+        for times in seconds
+    ]
 
 
 @torch.inference_mode()

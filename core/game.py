@@ -1,4 +1,5 @@
-"""The cooperative game: decoder blocks are the players, model quality is the utility.
+"""The cooperative game: decoder blocks, or their branches, are the players; model quality is the
+utility.
 
 v(m) = PPL(full) / PPL(m) on one set of token blocks, with
 PPL = exp(mean negative log-likelihood per predicted token) (arXiv 2602.07804, section 3).
@@ -19,6 +20,7 @@ from core.errors import LayerShapError
 from core.evaluation import Evaluator
 from core.masks import Masks, mask_key
 from core.models import LayeredModel
+from core.players import PlayerKind, Players
 
 # Part of every cache key: raise it when the same mask would come out differently.
 EVALUATION_VERSION = 1
@@ -29,7 +31,7 @@ Losses = NDArray[np.float64]
 class Game(Protocol):
     """What estimation needs of a game: players and, per coalition, a loss in nats."""
 
-    n_layers: int
+    players: Players
 
     def measure(self, masks: Masks) -> Iterator[tuple[int, float]]:
         """Yield (row of `masks`, loss in nats) in whatever order they come; `inf` if not finite."""
@@ -43,20 +45,26 @@ class LayerGame:
         model: the language model.
         tokens: LongTensor [blocks, length] of token ids.
         cache: where evaluations are kept; by default the user's cache folder.
+        players: "blocks", or "sub-blocks" for attention and MLP of each separately.
 
     Raises:
-        LayerShapError: the tokens do not fit the model.
+        LayerShapError: the tokens do not fit the model, or it has no such players.
     """
 
     def __init__(
-        self, model: LayeredModel, tokens: Tensor, cache: EvaluationCache | None = None
+        self,
+        model: LayeredModel,
+        tokens: Tensor,
+        cache: EvaluationCache | None = None,
+        *,
+        players: PlayerKind = "blocks",
     ) -> None:
         _check_tokens(model, tokens)
         self.model = model
         self.tokens = tokens
-        self.n_layers = model.n_layers
+        self.players = model.players(players)
         self.cache = cache if cache is not None else default_cache()
-        self.evaluator = Evaluator(model, tokens)
+        self.evaluator = Evaluator(model, tokens, players=players)
         self._prefix = "/".join(
             (
                 f"v{EVALUATION_VERSION}",
@@ -69,9 +77,18 @@ class LayerGame:
         )
 
     @property
+    def n_players(self) -> int:
+        return self.players.count
+
+    @property
     def full_loss(self) -> float:
         """Mean NLL of the unpruned model, nats per predicted token."""
-        return float(self.losses(np.ones((1, self.n_layers), dtype=bool))[0])
+        return float(self.losses(np.ones((1, self.n_players), dtype=bool))[0])
+
+    @property
+    def whole_layers(self) -> LayerGame:
+        """The game of the same model, text and cache whose players are whole blocks."""
+        return LayerGame(self.model, self.tokens, self.cache)
 
     def measure(self, masks: ArrayLike) -> Iterator[tuple[int, float]]:
         """Yield (row of `masks`, mean NLL in nats) as they become known, cached ones first.
@@ -81,9 +98,9 @@ class LayerGame:
         Raises:
             LayerShapError: masks of the wrong shape.
         """
-        rows = check_masks(masks, self.n_layers)
+        rows = check_masks(masks, self.n_players)
         distinct, inverse = np.unique(rows, axis=0, return_inverse=True)
-        keys = [self._prefix + mask_key(mask) for mask in distinct]
+        keys = [self._prefix + self._key(mask) for mask in distinct]
         copies = [np.flatnonzero(inverse == row) for row in range(len(distinct))]
         missing = []
         for row, loss in enumerate(self.cache.get(keys)):
@@ -99,28 +116,35 @@ class LayerGame:
             yield from ((int(copy), loss) for copy in copies[row])
 
     def losses(self, masks: ArrayLike) -> Losses:
-        """Mean NLL per predicted token, bool [m, n_layers] -> float64 [m] nats; `inf` if not
+        """Mean NLL per predicted token, bool [m, n_players] -> float64 [m] nats; `inf` if not
         finite.
 
         Raises:
             LayerShapError: masks of the wrong shape.
         """
-        rows = check_masks(masks, self.n_layers)
+        rows = check_masks(masks, self.n_players)
         losses = np.empty(len(rows))
         for row, loss in self.measure(rows):
             losses[row] = loss
         return losses
 
     def perplexity(self, masks: ArrayLike) -> Losses:
-        """Perplexity of each mask, bool [m, n_layers] -> float64 [m]; `inf` if not finite."""
+        """Perplexity of each mask, bool [m, n_players] -> float64 [m]; `inf` if not finite."""
         return np.exp(self.losses(masks))
 
     def value(self, masks: ArrayLike) -> Losses:
-        """Utility PPL(full) / PPL(mask) of each mask, bool [m, n_layers] -> float64 [m].
+        """Utility PPL(full) / PPL(mask) of each mask, bool [m, n_players] -> float64 [m].
 
         A mask whose loss is not finite has utility 0.
         """
         return np.exp(self.full_loss - self.losses(masks))
+
+    def _key(self, mask: NDArray[np.bool_]) -> str:
+        """A mask's part of its cache key; the same in both games where only whole blocks drop,
+        because running a block's branches one by one is the same to the bit."""
+        pairs = mask.reshape(-1, self.players.per_layer)
+        whole = (pairs == pairs[:, :1]).all()
+        return mask_key(pairs[:, 0] if whole else mask)
 
 
 def check_masks(masks: ArrayLike, n: int) -> Masks:
@@ -131,10 +155,11 @@ def check_masks(masks: ArrayLike, n: int) -> Masks:
     """
     rows = np.atleast_2d(np.asarray(masks))
     if rows.dtype != bool and not np.isin(rows, (0, 1)).all():
-        raise LayerShapError("A mask holds True (kept) or False (dropped) for each layer.")
+        raise LayerShapError("A mask holds True (kept) or False (dropped) for each player.")
     if rows.ndim != 2 or rows.shape[1] != n:
         raise LayerShapError(
-            f"Masks have shape {rows.shape}; they must be [m, {n}], one column per layer."
+            f"Masks have shape {rows.shape}; they must be [m, {n}], one column per layer or per "
+            "part of one."
         )
     return rows.astype(bool)
 

@@ -1,7 +1,7 @@
-"""Layer masks: strata by number of kept layers, and stratified Monte Carlo sampling.
+"""Masks: strata by number of players kept, and stratified Monte Carlo sampling.
 
-A mask is a bool row of length n, True where the layer is kept. A stratum is the set of masks
-that keep exactly k layers (Hamming weight k).
+A mask is a bool row of length n, True where the player is kept: a layer, or a part of one. A
+stratum is the set of masks that keep exactly k players (Hamming weight k).
 """
 
 from __future__ import annotations
@@ -122,9 +122,9 @@ def leave_out(n: int, dropped: Iterable[int]) -> NDArray[np.bool_]:
     return mask
 
 
-def dropped_layers(mask: NDArray[np.bool_]) -> tuple[int, ...]:
-    """The layers that a mask drops, ascending."""
-    return tuple(int(layer) for layer in np.flatnonzero(~np.asarray(mask, dtype=bool)))
+def dropped_players(mask: NDArray[np.bool_]) -> tuple[int, ...]:
+    """The players that a mask drops, ascending."""
+    return tuple(int(player) for player in np.flatnonzero(~np.asarray(mask, dtype=bool)))
 
 
 def all_masks(n: int) -> Masks:

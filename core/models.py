@@ -24,6 +24,8 @@ from core.blocks import PROBE_TOKENS, BlockStack, TakenApart, find_blocks, take_
 from core.bundled import bundled_folder, gguf_folder
 from core.errors import LayerShapError
 from core.packing import pack_linears
+from core.players import PLAYER_KINDS, PlayerKind, Players
+from core.sub_blocks import Branches, find_branches, halves
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,6 +86,50 @@ class LayeredModel:
     def taken_apart(self) -> TakenApart:
         """The model's parts, ready to be run one by one, as every evaluation does."""
         return take_apart(self.module, self.stack, pack_linears)
+
+    @cached_property
+    def branches(self) -> tuple[Branches, ...]:
+        """The attention and the MLP branch of each block.
+
+        Raises:
+            LayerShapError: the blocks do not consist of these two.
+        """
+        parts = self.taken_apart
+        tokens = torch.arange(PROBE_TOKENS, device=self.device).unsqueeze(0)
+        with torch.inference_mode():
+            state, calls = parts.stand_ins.record(
+                lambda: parts.shell(input_ids=tokens, use_cache=False)
+            )
+        return find_branches(parts.blocks, state, calls)
+
+    def players(self, kind: PlayerKind = "blocks") -> Players:
+        """The players that `kind` makes of this model.
+
+        Raises:
+            LayerShapError: an unknown kind, or sub-blocks that this model does not have.
+        """
+        _one_of("players", kind, PLAYER_KINDS)
+        if kind == "sub-blocks":
+            self.branches  # noqa: B018 (raises where there are none)
+        return Players(kind, self.n_layers)
+
+    def steps(self, kind: PlayerKind = "blocks") -> tuple[nn.Module, ...]:
+        """One module per player, to be run in order on the hidden state; copies, weights shared."""
+        blocks = self.taken_apart.blocks
+        if kind == "blocks":
+            return blocks
+        pairs = zip(blocks, self.branches, strict=True)
+        return tuple(half for block, found in pairs for half in halves(block, found))
+
+    def player_parameters(self, kind: PlayerKind = "blocks") -> tuple[int, ...]:
+        """Parameters that dropping each player saves."""
+        if kind == "blocks":
+            return self.info.block_parameters
+        return tuple(
+            sum(p.numel() for name in parts for p in block._modules[name].parameters())
+            for block, found in zip(self.blocks, self.branches, strict=True)
+            for parts in found.both
+        )
 
     @property
     def blocks_path(self) -> str:

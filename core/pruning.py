@@ -1,4 +1,9 @@
-"""Really remove layers: a model without them, in memory, on disk, and as a mergekit recipe."""
+"""Really remove layers, or parts of them: in memory, on disk, and as a mergekit recipe.
+
+A block that loses both branches is deleted. One that loses one of them keeps its place and skips
+the branch; on disk the branch is there with zeros for weights, so that any program computes the
+same.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from threading import Event, Thread
@@ -27,8 +32,10 @@ from core.blocks import PROBE_TOKENS, BlockStack, copy_sharing_weights
 from core.errors import LayerShapError
 from core.evaluation import Evaluator
 from core.game import check_masks
-from core.masks import dropped_layers, mask_key
-from core.models import LayeredModel, ModelInfo
+from core.masks import dropped_players, leave_out, mask_key
+from core.models import LayeredModel, ModelInfo, load_model
+from core.players import ATTENTION, BRANCH_NAMES, MLP, Players, players_of_mask
+from core.sub_blocks import Branches, Silenced
 
 # Names under which blocks and their parts remember their own position.
 POSITION_NAMES = (
@@ -46,45 +53,75 @@ PROVENANCE_FILE = "layershap.json"
 
 
 def prune(model: LayeredModel, keep: ArrayLike) -> LayeredModel:
-    """The model without its dropped layers; weights are shared with `model`, not copied.
+    """The model without what is dropped; weights are shared with `model`, not copied.
 
     Depth, per-layer lists in the configuration and every block's own position agree, so the result
     generates and saves like any other model.
 
     Args:
-        keep: bool [n_layers], True = kept.
+        keep: True = kept; bool [n_layers], or [2 n_layers] for attention and MLP of each layer.
 
     Raises:
-        LayerShapError: no layer is kept, or this architecture cannot be described without the
-            dropped layers, or computes something else once they are gone.
+        LayerShapError: no layer is kept, or this architecture cannot be described without what is
+            dropped, or computes something else once it is gone.
     """
-    mask = _one_mask(keep, model.n_layers)
-    kept = [layer for layer, stays in enumerate(mask) if stays]
+    cut = _Cut.of(model, keep)
     module = copy_sharing_weights(model.module)
     parent_path, _, name = model.stack.path.rpartition(".")
     parent = module.get_submodule(parent_path)
-    blocks = nn.ModuleList(getattr(parent, name)[layer] for layer in kept)
+    blocks = nn.ModuleList(getattr(parent, name)[layer] for layer in cut.layers)
     setattr(parent, name, blocks)
-    config = _shortened_config(model, kept)
+    config = _shortened_config(model, cut.layers)
     for part in module.modules():
         if part.__dict__.get("config") is not None:
             part.config = _matching(part.config, config)
     _match_description(module, model.stack.path)
-    _check_same_function(model, mask, module)
+    if not cut.whole:
+        branches = [model.branches[layer] for layer in cut.layers]
+        _silence(blocks, branches, cut.silenced)
+        _renumber_caches(config.get_text_config(), blocks, branches)
+    _check_same_function(model, cut, module)
     return LayeredModel(
         module,
         model.tokenizer,
         BlockStack(
-            model.stack.path, tuple(blocks), tuple(model.stack.returns[layer] for layer in kept)
+            model.stack.path,
+            tuple(blocks),
+            tuple(model.stack.returns[layer] for layer in cut.layers),
         ),
         replace(
             model.info,
-            n_layers=len(kept),
+            n_layers=len(cut.layers),
             parameters=sum(p.numel() for p in module.parameters()),
-            block_parameters=tuple(model.info.block_parameters[layer] for layer in kept),
-            fingerprint=_fingerprint(model.info, mask),
+            block_parameters=tuple(sum(p.numel() for p in block.parameters()) for block in blocks),
+            fingerprint=_fingerprint(model.info, cut),
         ),
     )
+
+
+def load_pruned(source: str, **settings: Any) -> LayeredModel:
+    """Load a model as `load_model` does; of a folder that `save_pruned` made, branches that the
+    cut dropped are skipped instead of computed with zeros.
+
+    Raises:
+        LayerShapError: the model cannot be loaded, or what it says of its cut is damaged.
+    """
+    model = load_model(source, **settings)
+    saved = Path(model.module.name_or_path) / PROVENANCE_FILE
+    if not saved.is_file():
+        return model
+    keep = np.ones((model.n_layers, 2), dtype=bool)
+    try:
+        skipped = json.loads(saved.read_text(encoding="utf-8")).get("skipped_branches", {})
+        for branch, name in ((ATTENTION, "attention"), (MLP, "mlp")):
+            keep[[_position(layer, model.n_layers) for layer in skipped.get(name, [])], branch] = (
+                False
+            )
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise LayerShapError(
+            f"{saved} is damaged ({error}); delete it to load the model without skipping."
+        ) from error
+    return model if keep.all() else prune(model, keep.ravel())
 
 
 def save_pruned(
@@ -95,8 +132,8 @@ def save_pruned(
 ) -> Path:
     """Write the pruned model, its tokenizer and the cut to a new folder.
 
-    Plain `AutoModelForCausalLM.from_pretrained(folder)` loads it. The folder appears at once when
-    it is whole.
+    Plain `AutoModelForCausalLM.from_pretrained(folder)` loads it; `load_pruned(folder)` also skips
+    branches that were dropped alone. The folder appears at once when it is whole.
 
     Raises:
         LayerShapError: the folder exists and is not empty, or cannot be written.
@@ -111,7 +148,7 @@ def save_pruned(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
             made = Path(scratch) / "model"
-            pruned.module.save_pretrained(made)
+            _neutral(pruned.module).save_pretrained(made)
             if pruned.tokenizer is not None:
                 pruned.tokenizer.save_pretrained(made)
             provenance = json.dumps(_provenance(model, keep), indent=1)
@@ -136,9 +173,13 @@ def mergekit_yaml(info: ModelInfo, keep: ArrayLike, location: str | None = None)
         location: the folder or Hub id to read the model from; by default where it came from.
 
     Raises:
-        LayerShapError: no layer is kept.
+        LayerShapError: no layer is kept, or only a part of one is dropped.
     """
     mask = _one_mask(keep, info.n_layers)
+    dropped = players_of_mask(len(mask), info.n_layers).whole_layers(dropped_players(mask))
+    if dropped is None:
+        raise LayerShapError("mergekit knows whole layers only; save the pruned model instead.")
+    mask = leave_out(info.n_layers, dropped)
     runs = [
         [layer for layer, _ in run]
         for kept, run in groupby(enumerate(mask), key=lambda item: bool(item[1]))
@@ -223,9 +264,39 @@ def continue_prompt(
         raise failures[0]
 
 
-def _one_mask(keep: ArrayLike, n: int) -> NDArray[np.bool_]:
-    """A single mask, bool [n], that keeps something."""
-    masks = check_masks(keep, n)
+@dataclass(frozen=True)
+class _Cut:
+    """What is dropped: `mask` over `players`; the `layers` of which something stays, and of each
+    of these the branches that are skipped."""
+
+    players: Players
+    mask: NDArray[np.bool_]
+    layers: list[int]
+    silenced: list[tuple[int, ...]]
+
+    @classmethod
+    def of(cls, model: LayeredModel, keep: ArrayLike) -> _Cut:
+        mask = _one_mask(keep, model.n_layers)
+        players = players_of_mask(len(mask), model.n_layers)
+        stays = mask.reshape(model.n_layers, players.per_layer)
+        layers = [int(layer) for layer in np.flatnonzero(stays.any(axis=1))]
+        silenced = [tuple(int(b) for b in np.flatnonzero(~stays[layer])) for layer in layers]
+        return cls(players, mask, layers, silenced)
+
+    @property
+    def whole(self) -> bool:
+        """Whether only whole layers are dropped."""
+        return not any(self.silenced)
+
+    def skipping(self, branch: int) -> list[int]:
+        """The blocks of the pruned model that skip this branch."""
+        return [number for number, skipped in enumerate(self.silenced) if branch in skipped]
+
+
+def _one_mask(keep: ArrayLike, n_layers: int) -> NDArray[np.bool_]:
+    """A single mask, bool [n_layers] or [2 n_layers], that keeps something."""
+    length = np.shape(keep)[-1] if np.ndim(keep) else 0
+    masks = check_masks(keep, 2 * n_layers if length == 2 * n_layers else n_layers)
     if len(masks) != 1:
         raise LayerShapError(f"There are {len(masks)} masks; a model is pruned by one.")
     if not masks.any():
@@ -233,13 +304,66 @@ def _one_mask(keep: ArrayLike, n: int) -> NDArray[np.bool_]:
     return masks[0]
 
 
-def _fingerprint(info: ModelInfo, mask: NDArray[np.bool_]) -> str:
+def _fingerprint(info: ModelInfo, cut: _Cut) -> str:
     """The cut's own fingerprint: measurements of different cuts must not be taken for each
     other, and hashing the shared weights again would say no more."""
-    if mask.all():
+    if cut.mask.all():
         return info.fingerprint
-    cut = f"{info.fingerprint}|{mask_key(mask)}".encode()
-    return hashlib.blake2b(cut, digest_size=16).hexdigest()
+    layers = cut.players.whole_layers(dropped_players(cut.mask))
+    mask = cut.mask if layers is None else leave_out(info.n_layers, layers)
+    return hashlib.blake2b(
+        f"{info.fingerprint}|{mask_key(mask)}".encode(), digest_size=16
+    ).hexdigest()
+
+
+def _silence(
+    blocks: nn.ModuleList, branches: Sequence[Branches], silenced: Sequence[tuple[int, ...]]
+) -> None:
+    """Skip branches, in place; the blocks are the pruned model's own copies."""
+    for block, found, skipped in zip(blocks, branches, silenced, strict=True):
+        for branch in skipped:
+            for name, described in found.both[branch].items():
+                block._modules[name] = Silenced(block._modules[name], described)
+
+
+def _renumber_caches(config: Any, blocks: nn.ModuleList, branches: Sequence[Branches]) -> None:
+    """Let the attentions that are left use the first key/value caches of their kind.
+
+    Models read off the first cache how much text they have seen, and off the configuration which
+    kind of attention each cache serves.
+    """
+    kinds = getattr(config, "layer_types", None) or ["attention"] * len(blocks)
+    places = {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in set(kinds)}
+    for block, found, kind in zip(blocks, branches, kinds, strict=True):
+        parts = [block._modules[name] for name in found.attention]
+        if any(isinstance(part, Silenced) for part in parts):
+            continue
+        place = places[kind].pop(0)
+        for part in (inner for outer in parts for inner in outer.modules()):
+            for position in POSITION_NAMES:
+                if position in vars(part):
+                    setattr(part, position, place)
+
+
+def _neutral(module: nn.Module) -> nn.Module:
+    """The model with zeros for the weights of skipped branches, which plain transformers needs."""
+    if not any(isinstance(part, Silenced) for part in module.modules()):
+        return module
+    whole = copy_sharing_weights(module)
+    for parent in list(whole.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Silenced):
+                # A deep copy of what was silenced, because its weights are not the module's.
+                for parameter in child.part.parameters():
+                    parameter.data.zero_()
+                setattr(parent, name, child.part)
+    return whole
+
+
+def _position(layer: Any, n_layers: int) -> int:
+    if type(layer) is not int or not 0 <= layer < n_layers:
+        raise ValueError(f"{layer!r} is not one of its layers")
+    return layer
 
 
 def _shortened_config(model: LayeredModel, kept: list[int]) -> Any:
@@ -322,35 +446,64 @@ def _settings(part: nn.Module) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _check_same_function(model: LayeredModel, mask: NDArray[np.bool_], module: nn.Module) -> None:
+def _check_same_function(model: LayeredModel, cut: _Cut, module: nn.Module) -> None:
     """See on a few tokens that the pruned model runs, with its cache, and is what was measured.
 
     Raises:
-        LayerShapError: it does not run, or its loss is not that of skipping the same layers.
+        LayerShapError: it does not run, or its loss is not that of skipping the same players.
     """
     tokens = torch.arange(PROBE_TOKENS, device=model.device).unsqueeze(0)
-    [(_, skipped)] = Evaluator(model, tokens, group=1).losses(mask[None])
+    evaluator = Evaluator(model, tokens, group=1, players=cut.players.kind)
+    [(_, skipped)] = evaluator.losses(cut.mask[None])
     try:
         logits = module(input_ids=tokens, use_cache=True).logits.float()
+        continued = logits if cut.whole else _in_two_parts(module, tokens)
     except Exception as error:
         raise LayerShapError(
-            f"{type(module).__name__} does not run with these layers alone "
+            f"{type(module).__name__} does not run with what is kept alone "
             f"({type(error).__name__}: {error}); keep another layer, such as one with attention."
         ) from error
-    loss = float(F.cross_entropy(logits[0, :-1], tokens[0, 1:].to(logits.device)))
     tolerance = max(1e-4, torch.finfo(module.dtype).eps)
-    if math.isfinite(skipped) and not math.isclose(loss, skipped, rel_tol=tolerance):
-        raise LayerShapError(
-            f"{type(module).__name__} computes something else once these layers are gone, so this "
-            "cut cannot be made a model of its own; its measured perplexity still holds."
-        )
+    if not math.isfinite(skipped):
+        return
+    for found in (logits, continued):
+        loss = float(F.cross_entropy(found[0, :-1], tokens[0, 1:].to(found.device)))
+        if not math.isclose(loss, skipped, rel_tol=tolerance):
+            raise LayerShapError(
+                f"{type(module).__name__} computes something else once this much is gone, so this "
+                "cut cannot be made a model of its own; its measured perplexity still holds."
+            )
+
+
+def _in_two_parts(module: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of a text read in two parts, the second with what the cache holds of the first."""
+    first, second = tokens.tensor_split(2, dim=1)
+    begun = module(input_ids=first, use_cache=True)
+    rest = module(input_ids=second, past_key_values=begun.past_key_values, use_cache=True)
+    return torch.cat([begun.logits, rest.logits], dim=1).float()
 
 
 def _provenance(model: LayeredModel, keep: ArrayLike) -> dict[str, Any]:
-    return {
+    cut = _Cut.of(model, keep)
+    gone = [layer for layer in range(model.n_layers) if layer not in cut.layers]
+    provenance = {
         "source": model.info.source or model.info.name,
         "revision": model.info.revision,
         "source_fingerprint": model.info.fingerprint,
         "source_layers": model.n_layers,
-        "dropped_layers": dropped_layers(_one_mask(keep, model.n_layers)),
+        "dropped_layers": gone,
+    }
+    if cut.whole:
+        return provenance
+    kept = np.array(cut.layers)
+    return {
+        **provenance,
+        **{
+            f"dropped_{BRANCH_NAMES[branch].lower()}": kept[cut.skipping(branch)].tolist()
+            for branch in (ATTENTION, MLP)
+        },
+        # Numbers of the pruned model's own blocks: what `load_pruned` skips.
+        "skipped_branches": {
+            BRANCH_NAMES[branch].lower(): cut.skipping(branch) for branch in (ATTENTION, MLP)
+        },
     }

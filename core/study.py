@@ -22,12 +22,15 @@ from core.analysis import Analysis, AnalysisSettings, from_measurements
 from core.errors import LayerShapError
 from core.estimates import Contributions
 from core.game import text_fingerprint
-from core.masks import dropped_layers, mask_key
+from core.masks import dropped_players, mask_key
 from core.models import ModelInfo
+from core.players import BRANCH_NAMES, PLAYER_KINDS, Players
 from core.text import TextBlocks
 
 FORMAT = "layershap-study"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Version 1 knew whole layers only.
+READABLE_VERSIONS = (1, 2)
 MAX_LAYERS = 1024
 MAX_MASKS = 200_000
 PACKAGES = ("torch", "transformers", "gradio", "plotly", "numpy", "scikit-learn")
@@ -74,14 +77,24 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Study:
-    """An analysis with its provenance, and every set of layers compared on the way."""
+    """An analysis with its provenance, and every set compared on the way.
+
+    `player_parameters` says how many parameters dropping each player saves; empty, where players
+    are whole layers, it is what the model says of its blocks.
+    """
 
     analysis: Analysis
     model: ModelInfo
     text: TextInfo
     comparisons: tuple[Comparison, ...] = ()
+    player_parameters: tuple[int, ...] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: installed_versions())
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        """What dropping each player saves, in parameters, [players]."""
+        return self.player_parameters or self.model.block_parameters
 
     def to_json(self) -> str:
         """The study as a JSON document; `from_json` reads it back."""
@@ -96,6 +109,8 @@ class Study:
             "model": asdict(self.model),
             "text": asdict(self.text),
             "settings": asdict(analysis.settings),
+            "players": analysis.players.kind,
+            "player_parameters": list(self.parameters),
             "measurements": {
                 "full_loss": analysis.full_loss,
                 "planned": analysis.planned,
@@ -128,10 +143,10 @@ class Study:
             ) from error
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise LayerShapError("This JSON file is not a study saved by LayerShap.")
-        if document.get("format_version") != FORMAT_VERSION:
+        if document.get("format_version") not in READABLE_VERSIONS:
             raise LayerShapError(
                 f"This study has format version {document.get('format_version')!r}; this version "
-                f"of LayerShap reads version {FORMAT_VERSION}."
+                f"of LayerShap reads versions {READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}."
             )
         try:
             return _from_document(document)
@@ -156,8 +171,11 @@ class Study:
         return "\n".join(lines) + "\n" + frame.to_csv(index=False)
 
     def contributions_frame(self) -> pd.DataFrame:
-        """One row per layer: contributions with errors and intervals, both kinds of value."""
-        columns: dict[str, Any] = {"layer": range(self.analysis.n_layers)}
+        """One row per player: contributions with errors and intervals, both kinds of value."""
+        players = self.analysis.players
+        columns: dict[str, Any] = {"layer": players.layers}
+        if players.kind == "sub-blocks":
+            columns["part"] = [BRANCH_NAMES[branch] for branch in players.branches]
         estimates = self.analysis.estimates
         for name, value in (
             ("contribution", estimates.operating_range),
@@ -166,17 +184,19 @@ class Study:
             columns[name] = value.values
             columns[f"{name}_error"] = value.errors
             columns[f"{name}_low"], columns[f"{name}_high"] = value.intervals.T
-        columns["parameters"] = self.model.block_parameters
+        columns["parameters"] = self.parameters
         return pd.DataFrame(columns)
 
     def interactions_frame(self) -> pd.DataFrame:
-        """One row per pair of layers: interaction and its standard error."""
-        first, second = np.triu_indices(self.analysis.n_layers, 1)
+        """One row per pair of players: interaction and its standard error."""
+        players = self.analysis.players
+        first, second = np.triu_indices(players.count, 1)
         interactions = self.analysis.estimates.interactions
+        labels = np.array([players.label(player) for player in range(players.count)])
         return pd.DataFrame(
             {
-                "layer_i": first,
-                "layer_j": second,
+                f"{players.noun}_i": labels[first],
+                f"{players.noun}_j": labels[second],
                 "interaction": interactions.values[first, second],
                 "interaction_error": interactions.errors[first, second],
             }
@@ -189,7 +209,7 @@ class Study:
             {
                 "mask": [mask_key(mask) for mask in analysis.masks],
                 "kept": analysis.masks.sum(axis=1),
-                "dropped": [" ".join(map(str, dropped_layers(mask))) for mask in analysis.masks],
+                "dropped": [_spaced(analysis.players, dropped_players(m)) for m in analysis.masks],
                 "loss": analysis.losses,
                 "perplexity": np.exp(analysis.losses),
                 "utility": analysis.values,
@@ -198,9 +218,10 @@ class Study:
         )
 
     def comparisons_frame(self) -> pd.DataFrame:
-        """One row per set of layers tried."""
+        """One row per set tried."""
+        players = self.analysis.players
         rows = [
-            {**asdict(c), "dropped": " ".join(map(str, c.dropped)), "count": len(c.dropped)}
+            {**asdict(c), "dropped": _spaced(players, c.dropped), "count": len(c.dropped)}
             for c in self.comparisons
         ]
         names = [f.name for f in fields(Comparison)] + ["count"]
@@ -229,8 +250,13 @@ def _from_document(document: dict[str, Any]) -> Study:
     measured = document["measurements"]
     keys, losses = measured["masks"], measured["losses"]
     model = _record(ModelInfo, document["model"])
-    n = model.n_layers
-    if not 1 <= n <= MAX_LAYERS or not 1 <= len(keys) <= MAX_MASKS or len(keys) != len(losses):
+    kind = document.get("players", "blocks")
+    if kind not in PLAYER_KINDS:
+        raise ValueError("the kind of players is not known")
+    players = Players(kind, model.n_layers)
+    n = players.count
+    sizes_fit = 1 <= model.n_layers <= MAX_LAYERS and 1 <= len(keys) <= MAX_MASKS
+    if not sizes_fit or len(keys) != len(losses):
         raise ValueError("the numbers of layers, masks and losses do not go together")
     if any(not isinstance(key, str) or len(key) != n or set(key) - {"0", "1"} for key in keys):
         raise ValueError(f"a mask is not {n} digits of 0 and 1")
@@ -239,6 +265,7 @@ def _from_document(document: dict[str, Any]) -> Study:
         raise ValueError("a mask occurs twice")
     analysis = from_measurements(
         _record(AnalysisSettings, document["settings"]),
+        players,
         masks,
         np.array([math.inf if loss is None else float(loss) for loss in losses]),
         float(measured["full_loss"]),
@@ -249,9 +276,17 @@ def _from_document(document: dict[str, Any]) -> Study:
         model=model,
         text=_record(TextInfo, document["text"]),
         comparisons=tuple(_record(Comparison, c) for c in document["comparisons"]),
+        player_parameters=_saved_parameters(document, players),
         versions={str(k): str(v) for k, v in document["versions"].items()},
         created=str(document["created"]),
     )
+
+
+def _saved_parameters(document: dict[str, Any], players: Players) -> tuple[int, ...]:
+    saved = document.get("player_parameters", [])
+    if saved and (len(saved) != players.count or any(type(v) is not int or v < 0 for v in saved)):
+        raise ValueError("the parameters of the players are not one whole number each")
+    return tuple(saved)
 
 
 def _record(kind: type, values: Mapping[str, Any]) -> Any:
@@ -275,6 +310,11 @@ def _scalar(name: str, kind: str, value: Any) -> Any:
     if type(value) is not expected:
         raise ValueError(f"{name} is not {'a whole number' if expected is int else 'text'}")
     return value
+
+
+def _spaced(players: Players, dropped: Sequence[int]) -> str:
+    """A set without commas, which separate a CSV's columns."""
+    return players.labels(dropped).replace(",", "")
 
 
 def _number(value: float) -> float | None:

@@ -7,12 +7,14 @@ from itertools import combinations
 
 import numpy as np
 
+from core.players import Players
+
 
 class TableGame:
     """A game given by a utility function of a bool mask; v(full) should be 1."""
 
     def __init__(self, n: int, utility: Callable[[np.ndarray], float]) -> None:
-        self.n_layers = n
+        self.players = Players("blocks", n)
         self._utility = utility
 
     def measure(self, masks: np.ndarray) -> Iterator[tuple[int, float]]:
@@ -42,7 +44,7 @@ def with_pairs(weights: np.ndarray, pairs: dict[tuple[int, int], float]) -> Tabl
 
 def restricted_contribution(game: TableGame, layer: int, size: int) -> float:
     """φ of one layer at one coalition size, by enumeration."""
-    n = game.n_layers
+    n = game.players.count
     others = [player for player in range(n) if player != layer]
     total = []
     for chosen in combinations(others, size):
@@ -56,7 +58,7 @@ def restricted_contribution(game: TableGame, layer: int, size: int) -> float:
 
 def restricted_interaction(game: TableGame, i: int, j: int, size: int) -> float:
     """The interaction of two layers at one coalition size, by enumeration."""
-    n = game.n_layers
+    n = game.players.count
     rest = [player for player in range(n) if player not in (i, j)]
     total = []
     for chosen in combinations(rest, size):

@@ -120,7 +120,7 @@ def page(browser, address):
 
 
 def layer(page: Page, number: int):
-    return page.locator(f'#layer-strip [data-layer="{number}"]')
+    return page.locator(f'#layer-strip [data-player="{number}"]')
 
 
 def test_the_page_opens_with_the_real_model(page):

@@ -99,14 +99,14 @@ def test_a_mask_has_the_same_value_in_any_company(model, tokens):
 
 def test_out_of_memory_halves_the_work_and_goes_on(model, tokens, truth, monkeypatch):
     evaluator = Evaluator(model, tokens, group=8)
-    real, failures = evaluator.run_block, iter([True, True])
+    real, failures = evaluator.run_step, iter([True, True])
 
     def scarce(layer, states, start):
         if evaluator.plan.group > 2 and next(failures):
             raise torch.OutOfMemoryError("out of memory")
         return real(layer, states, start)
 
-    monkeypatch.setattr(evaluator, "run_block", scarce)
+    monkeypatch.setattr(evaluator, "run_step", scarce)
     np.testing.assert_allclose(evaluate(evaluator, all_masks(6)), truth, rtol=1e-5)
     assert evaluator.plan.group == 2
 

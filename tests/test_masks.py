@@ -8,7 +8,7 @@ from core.masks import (
     all_masks,
     check_strata,
     default_strata,
-    dropped_layers,
+    dropped_players,
     leave_out,
     mask_key,
     published_strata,
@@ -89,7 +89,7 @@ def test_wrong_strata_and_budgets_are_refused_by_name():
 def test_masks_and_dropped_layers_translate_both_ways():
     mask = leave_out(6, (4, 1))
     assert mask_key(mask) == "101101"
-    assert dropped_layers(mask) == (1, 4)
+    assert dropped_players(mask) == (1, 4)
     with pytest.raises(LayerShapError, match="no layer 6"):
         leave_out(6, (6,))
     assert len(all_masks(5)) == 32

@@ -13,6 +13,7 @@ from core.game import LayerGame
 from core.masks import leave_out
 from core.methods import CONTRIBUTIONS, compare_methods
 from core.models import describe
+from core.players import Players
 from core.selection import METHOD, Kernel, SetProcess, greedy_evaluations, search
 from games import TableGame, with_pairs
 from tiny_models import tiny
@@ -45,11 +46,11 @@ def rugged_game(seed: int, n: int = N) -> TableGame:
 
 
 def loss_of(game, dropped):
-    return float(game.losses(leave_out(game.n_layers, dropped)[None])[0])
+    return float(game.losses(leave_out(game.players.count, dropped)[None])[0])
 
 
 def best_possible(game, k):
-    sets = itertools.combinations(range(game.n_layers), k)
+    sets = itertools.combinations(range(game.players.count), k)
     return min(loss_of(game, dropped) for dropped in sets)
 
 
@@ -121,16 +122,17 @@ def test_search_refuses_what_it_cannot_do(deepest, budget):
 def test_the_process_is_regression_on_layers_and_pairs():
     """Its covariance is that of independent costs of layers, of pairs, and one shared cost."""
     rng = np.random.default_rng(0)
-    kernel = Kernel(layer=0.7, near_pair=0.4, any_pair=0.1, reach=2.0, noise=0.1)
+    kernel = Kernel(player=0.7, near_pair=0.4, any_pair=0.1, reach=2.0, noise=0.1)
     sets = (rng.random((40, 6)) < 0.5).astype(float)
+    players = Players("blocks", 6)
     first, second = np.triu_indices(6, 1)
     features = np.column_stack([sets, sets[:, first] * sets[:, second], sets.sum(axis=1)])
-    pairs = kernel.pair_variances(6)[first, second]
+    pairs = kernel.pair_variances(players)[first, second]
     prior = np.concatenate([np.full(6, 0.49), pairs, [0.49]])
     excess = rng.normal(size=30)
     covariance = features @ np.diag(prior) @ features.T
     seen = covariance[:30, :30] + (0.1**2 + 1e-9) * np.eye(30)
-    process = SetProcess(kernel, sets[:30], excess)
+    process = SetProcess(kernel, players, sets[:30], excess)
     mean = covariance[30:, :30] @ np.linalg.solve(seen, excess)
     left = covariance[30:, 30:] - covariance[30:, :30] @ np.linalg.solve(seen, covariance[:30, 30:])
     assert np.allclose(process.mean(sets[30:]), mean)

@@ -52,9 +52,12 @@ class ContributionsView:
         shown = estimates.shapley if value == SHAPLEY else estimates.operating_range
         return {
             self.bars: contribution_bars(
-                shown, dropped=session.dropped, sort="depth" if order == "By depth" else "rank"
+                shown,
+                session.players,
+                dropped=session.dropped,
+                sort="depth" if order == "By depth" else "rank",
             ),
-            self.heatmap: contribution_heatmap(shown),
+            self.heatmap: contribution_heatmap(shown, session.players),
             self.scatter: surrogate_scatter(session.analysis),
             self.verdict: _verdict(session),
             self.note: _note(shown),

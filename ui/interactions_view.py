@@ -11,6 +11,7 @@ import numpy as np
 
 from core.errors import LayerShapError
 from core.masks import leave_out
+from core.players import Players
 from ui.figures import empty_figure, interaction_graph, interaction_heatmap, pair_utilities
 from ui.figures.interactions import (
     GRAPH_HOW_TO_READ,
@@ -20,7 +21,6 @@ from ui.figures.interactions import (
 )
 from ui.parts import read_line
 from ui.session import Session
-from ui.setup_view import whole
 from ui.status import guarded, news, progress_bar
 
 NOTHING_YET = "Press Analyse: interactions appear here while masks are measured."
@@ -32,8 +32,8 @@ class InteractionsView:
     heatmap: gr.Plot
     graph: gr.Plot
     pairs: gr.Dataframe
-    first: gr.Number
-    second: gr.Number
+    first: gr.Textbox
+    second: gr.Textbox
     measure: gr.Button
     utilities: gr.Plot
 
@@ -44,9 +44,9 @@ class InteractionsView:
             return {self.heatmap: empty, self.graph: empty, self.pairs: None}
         interactions = session.analysis.estimates.interactions
         return {
-            self.heatmap: interaction_heatmap(interactions),
-            self.graph: interaction_graph(interactions, dropped=session.dropped),
-            self.pairs: strongest_pairs(interactions),
+            self.heatmap: interaction_heatmap(interactions, session.players),
+            self.graph: interaction_graph(interactions, session.players, dropped=session.dropped),
+            self.pairs: strongest_pairs(interactions, players=session.players),
         }
 
 
@@ -72,8 +72,8 @@ def interactions_view() -> InteractionsView:
     gr.Markdown("### The four utilities behind a pair")
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=260):
-            first = gr.Number(0, label="First layer", precision=0)
-            second = gr.Number(1, label="Second layer", precision=0)
+            first = gr.Textbox("0", label="First layer", max_length=10)
+            second = gr.Textbox("1", label="Second layer", max_length=10)
             measure = gr.Button("Measure this pair", elem_id="measure-pair")
         with gr.Column(scale=3, min_width=340):
             utilities = gr.Plot(empty_figure(NO_PAIR), show_label=False, elem_id="pair")
@@ -81,23 +81,23 @@ def interactions_view() -> InteractionsView:
     return InteractionsView(heatmap, graph, pairs, first, second, measure, utilities)
 
 
-def chosen_pair(event: gr.SelectData, rows: Any) -> tuple[int, int]:
-    """The layers of the list's row that was clicked."""
+def chosen_pair(event: gr.SelectData, rows: Any) -> tuple[str, str]:
+    """The labels of the pair in the list's row that was clicked."""
     row = rows.iloc[event.index[0]]
-    return int(row.iloc[0]), int(row.iloc[1])
+    return str(row.iloc[0]), str(row.iloc[1])
 
 
 def pair_handler(view: InteractionsView, status: gr.HTML) -> Any:
     """Handler that measures the four utilities of a pair on the real model."""
 
     @guarded(status)
-    def measure(session: Session, first: float, second: float) -> Iterator[dict]:
-        i, j = whole("First layer", first), whole("Second layer", second)
+    def measure(session: Session, first: str, second: str) -> Iterator[dict]:
+        game, players = session.need_workspace().calibration, session.players
+        i, j = _one(players, "First layer", first), _one(players, "Second layer", second)
         if i == j:
             raise LayerShapError("Choose two different layers.")
-        game = session.need_workspace().calibration
-        n = session.n_layers
-        masks = np.array([leave_out(n, dropped) for dropped in ((), (i,), (j,), (i, j))])
+        sets = ((), (i,), (j,), (i, j))
+        masks = np.array([leave_out(players.count, dropped) for dropped in sets])
         losses = np.empty(len(masks))
         yield {status: progress_bar("Measuring the pair", 0.0)}
         for done, (row, loss) in enumerate(game.measure(masks), start=1):
@@ -105,8 +105,19 @@ def pair_handler(view: InteractionsView, status: gr.HTML) -> Any:
             yield {status: progress_bar("Measuring the pair", done / len(masks))}
         utilities = np.exp(losses[0] - losses)
         yield {
-            view.utilities: pair_utilities(i, j, utilities.tolist()),
-            status: news(f"Layers {i} and {j}: four utilities measured on the calibration text."),
+            view.utilities: pair_utilities(players.label(i), players.label(j), utilities.tolist()),
+            status: news(
+                f"Layers {players.label(i)} and {players.label(j)}: four utilities measured on the "
+                "calibration text."
+            ),
         }
 
     return measure
+
+
+def _one(players: Players, name: str, text: str) -> int:
+    chosen = players.parse(name, str(text))
+    if len(chosen) != 1:
+        example = f", such as {players.label(0)}" if players.per_layer > 1 else ""
+        raise LayerShapError(f"{name} must name one {players.noun}{example}.")
+    return chosen[0]

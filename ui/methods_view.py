@@ -10,10 +10,24 @@ from typing import Any
 import gradio as gr
 
 from core.errors import LayerShapError
-from core.methods import CONTRIBUTIONS, KINDS, MethodsComparison, MethodsProgress, compare_methods
+from core.methods import (
+    PARTS,
+    MethodsComparison,
+    MethodsProgress,
+    available,
+    compare_methods,
+    cost,
+)
+from core.players import Players
 from core.selection import METHOD
 from ui.figures import agreement_heatmap, empty_figure, methods_chart, methods_map
-from ui.figures.methods import AGREEMENT_HOW_TO_READ, CHART_HOW_TO_READ, MAP_HOW_TO_READ
+from ui.figures.methods import (
+    AGREEMENT_HOW_TO_READ,
+    AXES,
+    BY_DEPTH,
+    CHART_HOW_TO_READ,
+    MAP_HOW_TO_READ,
+)
 from ui.parts import read_line
 from ui.session import Session, StopSignals
 from ui.setup_view import REFRESH_SECONDS, whole
@@ -30,7 +44,8 @@ class MethodsView:
     methods: gr.CheckboxGroup
     deepest: gr.Slider
     compare: gr.Button
-    cost: gr.HTML
+    price: gr.HTML
+    axis: gr.Radio
     chart: gr.Plot
     shown: gr.Slider
     method: gr.Dropdown
@@ -38,7 +53,7 @@ class MethodsView:
     map: gr.Plot
     agreement: gr.Plot
 
-    def draw(self, comparison: MethodsComparison | None) -> dict[Any, Any]:
+    def draw(self, comparison: MethodsComparison | None, axis: str = BY_DEPTH) -> dict[Any, Any]:
         """Updates that show a comparison, or what to do to see one."""
         if comparison is None or not comparison.results:
             return {
@@ -51,11 +66,25 @@ class MethodsView:
         names = [result.frontier.method for result in comparison.results]
         shown = min(DEFAULT_SHOWN, comparison.deepest)
         return {
-            self.chart: methods_chart(comparison),
+            self.chart: methods_chart(comparison, axis),
             self.method: gr.update(choices=names, value=METHOD if METHOD in names else names[0]),
             self.shown: gr.update(maximum=max(2, comparison.deepest), value=shown),
             **self.draw_depth(comparison, shown),
         }
+
+    def draw_choices(self, session: Session) -> dict[Any, Any]:
+        """Updates that offer what can choose among the session's players."""
+        players = session.players
+        names = available(players)
+        chosen = [*(name for name in PARTS if name in names), *DEFAULT_METHODS]
+        return {
+            self.methods: gr.update(choices=list(names), value=chosen),
+            self.deepest: gr.update(maximum=max(2, players.n_layers // 2)),
+        }
+
+    def draw_axis(self, comparison: MethodsComparison | None, axis: str) -> Any:
+        """The chart against another measure of what a cut saves."""
+        return methods_chart(comparison, axis) if comparison else gr.skip()
 
     def draw_depth(self, comparison: MethodsComparison | None, dropped: float) -> dict[Any, Any]:
         """Updates of the charts that are about one number of dropped layers."""
@@ -70,7 +99,7 @@ class MethodsView:
 
 def methods_view() -> MethodsView:
     """Lay out the tab."""
-    choices = [*KINDS, CONTRIBUTIONS]
+    choices = list(available(Players("blocks", 1)))
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=340):
             methods = gr.CheckboxGroup(
@@ -84,8 +113,11 @@ def methods_view() -> MethodsView:
                 1, 15, value=DEFAULT_DEEPEST, step=1, label="Up to how many layers dropped"
             )
             compare = gr.Button("Compare methods", variant="primary", elem_id="compare-methods")
-            cost = gr.HTML(elem_id="methods-cost")
+            price = gr.HTML(elem_id="methods-cost")
     gr.Markdown("### Held-out perplexity of every method's choice")
+    axis = gr.Radio(
+        list(AXES), value=BY_DEPTH, label="Against what is saved", elem_id="methods-axis"
+    )
     chart = gr.Plot(empty_figure(NOTHING_YET), show_label=False, elem_id="methods-chart")
     read_line(CHART_HOW_TO_READ)
     with gr.Row(equal_height=False):
@@ -108,7 +140,7 @@ def methods_view() -> MethodsView:
             )
             read_line(AGREEMENT_HOW_TO_READ)
     return MethodsView(
-        methods, deepest, compare, cost, chart, shown, method, take, layers, agreement
+        methods, deepest, compare, price, axis, chart, shown, method, take, layers, agreement
     )
 
 
@@ -117,7 +149,7 @@ def cost_line(session: Session, methods: list[str], deepest: float) -> str:
     if not session.n_layers or not methods:
         return ""
     depth = int(deepest or 1)
-    chosen = [KINDS[name].cost(session.n_layers, depth) for name in methods if name in KINDS]
+    chosen = [cost(name, session.players, depth) for name in methods]
     judging = 2 * depth * len(methods)
     return (
         f'<p class="ls-read">At most {sum(chosen):,} evaluations to choose, and {judging:,} to '
@@ -132,7 +164,7 @@ def methods_handler(
 
     @guarded(status)
     def compare(
-        session: Session, methods: list[str], deepest: float, request: gr.Request
+        session: Session, methods: list[str], deepest: float, axis: str, request: gr.Request
     ) -> Iterator[dict]:
         workspace = session.need_workspace()
         depth = whole("Up to how many layers dropped", deepest)
@@ -140,7 +172,8 @@ def methods_handler(
         if session.analysis is not None:
             contributions = (session.analysis.contributions, len(session.analysis.masks))
         stop = stops.begin(request.session_hash)
-        yield {status: progress_bar("Measuring the full model", 0.0)}
+        yield {status: progress_bar("Measuring the full model and the time of its parts", 0.0)}
+        resources = workspace.resources
         finished, shown = 0, 0.0
         for step in compare_methods(
             workspace.calibration,
@@ -148,11 +181,12 @@ def methods_handler(
             methods or [],
             depth,
             contributions=contributions,
+            resources=resources,
             stop=stop.is_set,
         ):
             if len(step.comparison.results) > finished:
                 finished = len(step.comparison.results)
-                yield {compared: step.comparison, **view.draw(step.comparison)}
+                yield {compared: step.comparison, **view.draw(step.comparison, axis)}
             elif time.monotonic() - shown < REFRESH_SECONDS:
                 continue
             shown = time.monotonic()

@@ -8,6 +8,7 @@ import gradio as gr
 
 from core.analysis import AnalysisSettings
 from core.masks import default_strata
+from core.players import Players
 from ui.contributions_view import contributions_view
 from ui.interactions_view import chosen_pair, interactions_view, pair_handler
 from ui.methods_view import cost_line, methods_handler, methods_view
@@ -87,8 +88,7 @@ def build(settings: AppSettings) -> gr.Blocks:
             return {
                 **contributions.draw(current, value, order),
                 **interactions.draw(current),
-                pruning.count: gr.update(maximum=max(2, current.n_layers - 1)),
-                methods.deepest: gr.update(maximum=max(2, current.n_layers // 2)),
+                pruning.count: gr.update(maximum=max(2, current.players.count - 1)),
             }
 
         def draw_results(
@@ -123,6 +123,7 @@ def build(settings: AppSettings) -> gr.Blocks:
         everything = [*charts, *chosen_views]
         tried_views = [pruning.chart, pruning.tried]
         methods_views = list(methods.draw(None).keys())
+        methods_choices = list(methods.draw_choices(Session()).keys())
         marks = [contributions.bars, interactions.graph]
         handlers = PruneHandlers(pruning, stops, selection, tried, status, strip)
 
@@ -139,7 +140,7 @@ def build(settings: AppSettings) -> gr.Blocks:
                 selection: (),
                 tried: (),
                 compared: None,
-                **pruning.draw_tried(()),
+                **pruning.draw_tried((), Players("blocks", 0)),
                 **methods.draw(None),
             },
         )
@@ -174,7 +175,9 @@ def build(settings: AppSettings) -> gr.Blocks:
                 **quiet,
             ),
         ):
-            event.then(draw_all, shown, everything, **quiet)
+            event.then(draw_all, shown, everything, **quiet).then(
+                methods.draw_choices, session, methods_choices, **quiet
+            )
         setup.preset.change(
             _preset, [setup.preset, session], [evaluations, setup.strata, setup.surrogate], **quiet
         )
@@ -214,7 +217,7 @@ def build(settings: AppSettings) -> gr.Blocks:
         # Methods
         methods.compare.click(
             methods_handler(methods, stops, compared, status),
-            [session, methods.methods, methods.deepest],
+            [session, methods.methods, methods.deepest, methods.axis],
             [compared, status, *methods_views],
             concurrency_id=ANALYSING,
             concurrency_limit=1,
@@ -227,10 +230,11 @@ def build(settings: AppSettings) -> gr.Blocks:
             [methods.map, methods.agreement],
             **quiet,
         )
+        methods.axis.change(methods.draw_axis, [compared, methods.axis], methods.chart, **quiet)
         priced = [session, methods.methods, methods.deepest]
         for control in (methods.methods, methods.deepest):
-            control.change(cost_line, priced, methods.cost, **quiet)
-        methods_tab.select(cost_line, priced, methods.cost, **quiet)
+            control.change(cost_line, priced, methods.price, **quiet)
+        methods_tab.select(cost_line, priced, methods.price, **quiet)
 
         # Prune and compare
         chosen = [selection, *chosen_views, status]
@@ -301,11 +305,12 @@ def build(settings: AppSettings) -> gr.Blocks:
                 tried: opened.comparisons,
                 compared: None,
                 **methods.draw(None),
+                **methods.draw_choices(opened),
                 model_line: describe(opened),
                 strip: gr.update(value=strip_value(opened), dropped=[]),
                 **draw(opened, contributions.value.value, contributions.order.value),
                 **pruning.draw_selection(opened),
-                **pruning.draw_tried(opened.comparisons),
+                **pruning.draw_tried(opened.comparisons, opened.players),
                 **study.draw(opened, opened.comparisons),
             }
 
@@ -322,6 +327,7 @@ def build(settings: AppSettings) -> gr.Blocks:
                 strip,
                 *everything,
                 *methods_views,
+                *methods_choices,
                 *tried_views,
                 *study_files,
             ],
@@ -350,9 +356,9 @@ def launch(settings: AppSettings) -> None:
 def _preset(chosen: str, session: Session) -> tuple[int, str, str]:
     """Evaluations, strata and surrogate of a preset."""
     if chosen == PUBLISHED:
-        settings = AnalysisSettings.published(session.n_layers or 32)
+        settings = AnalysisSettings.published(session.players.count or 32)
         strata: tuple[int, ...] = settings.strata or ()
     else:
         settings = AnalysisSettings()
-        strata = default_strata(session.n_layers) if session.n_layers else ()
+        strata = default_strata(session.players.count) if session.n_layers else ()
     return settings.evaluations, ", ".join(map(str, strata)), settings.surrogate

@@ -14,8 +14,9 @@ from core.bundled import cache_root
 from core.errors import LayerShapError
 from core.footprint import Footprint, footprint, measure_speed
 from core.game import LayerGame
-from core.masks import dropped_layers
+from core.masks import dropped_players
 from core.methods import MethodsComparison
+from core.players import Players
 from core.pruning import continue_prompt, mergekit_yaml, prune, save_pruned
 from core.study import Comparison, with_comparison
 from ui.figures import comparison_chart, empty_figure
@@ -24,7 +25,7 @@ from ui.measured import MeasuredFigures, perplexity_text
 from ui.methods_view import chosen_set
 from ui.parts import read_line
 from ui.session import Session, StopSignals
-from ui.setup_view import parse_layers, whole
+from ui.setup_view import whole
 from ui.status import guarded, news, progress_bar, streamed
 from ui.strip import strip_selection
 
@@ -58,19 +59,19 @@ class PruneView:
     def draw_selection(self, session: Session) -> dict[Any, Any]:
         """Updates that follow from a changed selection: cheap, so that a click answers at once."""
         return {
-            self.dropped: ", ".join(map(str, session.dropped)),
+            self.dropped: session.players.labels(session.dropped),
             self.predicted: _prediction(session),
             self.recipe: _recipe(session),
         }
 
-    def draw_tried(self, tried: tuple[Comparison, ...]) -> dict[Any, Any]:
+    def draw_tried(self, tried: tuple[Comparison, ...], players: Players) -> dict[Any, Any]:
         """Updates that show every set tried."""
         if not tried:
             return {self.chart: empty_figure(NOTHING_TRIED), self.tried: []}
         rows = [
             [
                 len(c.dropped),
-                ", ".join(map(str, c.dropped)),
+                players.labels(c.dropped),
                 perplexity_text(c.held_out_pruned),
                 perplexity_text(c.calibration_pruned),
                 "" if c.predicted is None else perplexity_text(c.predicted),
@@ -78,7 +79,7 @@ class PruneView:
             ]
             for c in sorted(tried, key=lambda c: (len(c.dropped), c.held_out_pruned))
         ]
-        return {self.chart: comparison_chart(tried), self.tried: rows}
+        return {self.chart: comparison_chart(tried, players), self.tried: rows}
 
 
 def prune_view() -> PruneView:
@@ -192,15 +193,16 @@ class PruneHandlers:
         yield {self._selection: chosen.dropped, **self._view.draw_selection(chosen)}
 
     def _typed(self, session: Session, text: str) -> Iterator[dict]:
-        yield self._select(session, parse_layers("Dropped layers", text or ""))
+        yield self._select(session, session.players.parse("Dropped layers", text or ""))
 
     def _drop_least(self, session: Session, count: float) -> Iterator[dict]:
         values = session.need_analysis().contributions
         k = whole("k", count)
-        if not 1 <= k < session.n_layers:
+        players = session.players
+        if not 1 <= k < players.count:
             raise LayerShapError(
-                f"k is {k}, but this model has {session.n_layers} layers; choose k from 1 to "
-                f"{session.n_layers - 1}."
+                f"k is {k}, but this model has {players.count} {players.noun}s; choose k from 1 to "
+                f"{players.count - 1}."
             )
         least = np.argsort(values, kind="stable")[:k]
         yield self._select(session, tuple(int(layer) for layer in least))
@@ -215,7 +217,7 @@ class PruneHandlers:
         yield {
             **self._select(session, layers),
             self._status: news(
-                f"{method} drops {', '.join(map(str, layers))}: the set is in Prune and compare."
+                f"{method} drops {session.players.labels(layers)}: the set is in Prune and compare."
             ),
         }
 
@@ -230,7 +232,7 @@ class PruneHandlers:
     def _measure(
         self, session: Session, text: str, tried: tuple[Comparison, ...]
     ) -> Iterator[dict]:
-        session = session.dropping(parse_layers("Dropped layers", text or ""))
+        session = session.dropping(session.players.parse("Dropped layers", text or ""))
         workspace = session.need_workspace()
         keep = session.keep
         if not keep.any():
@@ -257,7 +259,7 @@ class PruneHandlers:
             self._tried: tried,
             self._view.figures: MeasuredFigures(calibration, held_out, sizes, speeds).table(),
             self._status: news("Measured. The set is in the list of sets tried."),
-            **self._view.draw_tried(tried),
+            **self._view.draw_tried(tried, session.players),
         }
 
     def _go_on(
@@ -322,7 +324,7 @@ def _comparison(
     if session.analysis is not None:
         predicted, low, high = (float(v[0]) for v in session.analysis.predict_perplexity(keep))
     return Comparison(
-        dropped=dropped_layers(keep),
+        dropped=dropped_players(keep),
         predicted=predicted,
         predicted_low=low,
         predicted_high=high,
@@ -346,7 +348,7 @@ def _prediction(session: Session) -> str:
         return f'<p class="ls-predicted">Nothing dropped: {full}.</p>'
     predicted, low, high = (float(v[0]) for v in analysis.predict_perplexity(session.keep))
     outside = session.keep.sum() < min(analysis.settings.strata)
-    warning = " Fewer layers are kept than in any measured mask: a guess." if outside else ""
+    warning = " Less is kept than in any measured mask: a guess." if outside else ""
     return (
         f'<p class="ls-predicted"><strong>{perplexity_text(predicted)}</strong>'
         "<span>predicted calibration perplexity</span>"
@@ -359,5 +361,7 @@ def _prediction(session: Session) -> str:
 def _recipe(session: Session) -> str:
     if session.model is None or not session.keep.any():
         return ""
+    if session.players.whole_layers(session.dropped) is None:
+        return "# mergekit knows whole layers only: save the pruned model instead."
     location = session.workspace.model.location if session.workspace else None
     return mergekit_yaml(session.model, session.keep, location)

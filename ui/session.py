@@ -12,6 +12,7 @@ from core.analysis import Analysis
 from core.errors import LayerShapError
 from core.masks import leave_out
 from core.models import ModelInfo
+from core.players import Players
 from core.study import Comparison, Study, TextInfo
 from ui.workspace import Workspace
 
@@ -30,6 +31,7 @@ class Session:
     analysis: Analysis | None = None
     comparisons: tuple[Comparison, ...] = ()
     dropped: tuple[int, ...] = ()
+    player_parameters: tuple[int, ...] = ()
 
     @classmethod
     def of_workspace(cls, workspace: Workspace) -> Session:
@@ -42,6 +44,7 @@ class Session:
             text=study.text,
             analysis=study.analysis,
             comparisons=study.comparisons,
+            player_parameters=study.parameters,
         )
 
     @property
@@ -49,18 +52,25 @@ class Session:
         return self.model.n_layers if self.model else 0
 
     @property
-    def keep(self) -> NDArray[np.bool_]:
-        """The selection as a mask, bool [n_layers]."""
-        return leave_out(self.n_layers, self.dropped)
+    def players(self) -> Players:
+        """What can be dropped: layers, or parts of them."""
+        if self.workspace is not None:
+            return self.workspace.calibration.players
+        return self.analysis.players if self.analysis else Players("blocks", self.n_layers)
 
-    def dropping(self, layers: tuple[int, ...]) -> Session:
+    @property
+    def keep(self) -> NDArray[np.bool_]:
+        """The selection as a mask, bool [players]."""
+        return leave_out(self.players.count, self.dropped)
+
+    def dropping(self, players: tuple[int, ...]) -> Session:
         """The same session with another selection.
 
         Raises:
             LayerShapError: a layer that this model does not have.
         """
-        leave_out(self.n_layers, layers)
-        return replace(self, dropped=tuple(sorted(set(layers))))
+        leave_out(self.players.count, players)
+        return replace(self, dropped=tuple(sorted(set(players))))
 
     def having_tried(self, comparisons: tuple[Comparison, ...]) -> Session:
         """The same session with these sets tried."""
@@ -85,7 +95,10 @@ class Session:
         analysis = self.need_analysis()
         assert self.model is not None
         assert self.text is not None
-        return Study(analysis, self.model, self.text, self.comparisons)
+        parameters = self.player_parameters
+        if self.workspace is not None:
+            parameters = self.workspace.model.player_parameters(self.players.kind)
+        return Study(analysis, self.model, self.text, self.comparisons, parameters)
 
 
 class StopSignals:

@@ -59,6 +59,7 @@ class SetupView:
     block_length: gr.Number
     held_out_blocks: gr.Number
     text_seed: gr.Number
+    players: gr.Radio
     load: gr.Button
     preset: gr.Radio
     strata: gr.Textbox
@@ -81,6 +82,7 @@ class SetupView:
             self.block_length,
             self.held_out_blocks,
             self.text_seed,
+            self.players,
         ]
 
     @property
@@ -122,11 +124,16 @@ def setup_view(settings: AppSettings) -> SetupView:
                 held_out_blocks = gr.Number(10, label="Held-out blocks", precision=0, min_width=120)
                 block_length = gr.Number(128, label="Tokens per block", precision=0, min_width=120)
                 text_seed = gr.Number(0, label="Text seed", precision=0, min_width=120)
+            players = gr.Radio(
+                [("whole layers", "blocks"), ("attention and MLP apart", "sub-blocks")],
+                value="blocks",
+                label="What can be dropped",
+            )
             load = gr.Button("Load model and text", variant="secondary")
         with gr.Column(min_width=300), gr.Group():
             preset = gr.Radio([RECOMMENDED, PUBLISHED], value=RECOMMENDED, label="3 · Analysis")
             strata = gr.Textbox(
-                label="Layers kept in a mask (strata)",
+                label="How many are kept in a mask (strata)",
                 placeholder="scaled to the model's depth",
             )
             with gr.Row():
@@ -153,6 +160,7 @@ def setup_view(settings: AppSettings) -> SetupView:
         block_length,
         held_out_blocks,
         text_seed,
+        players,
         load,
         preset,
         strata,
@@ -216,6 +224,7 @@ def load_handler(
         block_length: float,
         held_out_blocks: float,
         seed: float,
+        players: str,
     ) -> Iterator[dict]:
         model = _model_choice(settings, model_from, model_source, revision, device, dtype)
         text = TextChoice(
@@ -226,7 +235,7 @@ def load_handler(
             whole("Text seed", seed),
         )
         loaded = None
-        for item in streamed(lambda report: workspaces.open(model, text, report)):
+        for item in streamed(lambda report: workspaces.open(model, text, report, players)):
             if isinstance(item, tuple):
                 yield {status: progress_bar(*item)}
             else:
@@ -237,7 +246,7 @@ def load_handler(
             model_line: describe(loaded),
             strip: gr.update(value=strip_value(loaded), dropped=[]),
             **fresh,
-            strata: ", ".join(map(str, default_strata(loaded.n_layers))),
+            strata: ", ".join(map(str, default_strata(loaded.players.count))),
         }
 
     return load
@@ -346,7 +355,8 @@ def describe(session: Session) -> str:
     if model is None or text is None:
         return '<p class="ls-model">No model loaded yet.</p>'
     parts = (
-        f"{model.n_layers} layers",
+        f"{model.n_layers} layers"
+        + (", attention and MLP apart" if session.players.kind == "sub-blocks" else ""),
         f"{model.parameters / 1e6:,.1f} M parameters",
         f"{model.dtype} on {model.device}",
         f"{text.source}: {text.blocks} calibration and {text.held_out_blocks} held-out blocks of "
@@ -373,18 +383,9 @@ def whole(name: str, value: float | None) -> int:
 def _parse_strata(text: str) -> tuple[int, ...] | None:
     if not text.strip():
         return None
-    return parse_layers("Strata", text)
-
-
-def parse_layers(name: str, text: str) -> tuple[int, ...]:
-    """Whole numbers separated by commas or spaces.
-
-    Raises:
-        LayerShapError: something else stands between them.
-    """
     try:
         return tuple(int(part) for part in text.replace(",", " ").split())
     except ValueError as error:
         raise LayerShapError(
-            f"{name} must be whole numbers separated by commas, such as 3, 7, 12."
+            "Strata must be whole numbers separated by commas, such as 28, 26, 24."
         ) from error

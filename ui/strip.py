@@ -1,6 +1,7 @@
-"""The layer strip: one button per layer, in depth order, that says what it is worth and toggles it.
+"""The layer strip: a button per player, in depth order, that says what it is worth and toggles it.
 
-A click changes the button at once, in the browser; the server is told which layers are dropped now.
+Of attention and MLP apart, those of one layer stand together. A click changes the button at once,
+in the browser; the server is told what is dropped now.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from ui.session import Session
 
 TEMPLATE = """
 <div class="ls-strip" role="group" aria-label="Layers: press to drop or keep">
-${value.layers.map((l) =>
-  '<button type="button" class="ls-layer' + (dropped.includes(l.layer) ? ' ls-dropped' : '') + '"'
-  + ' data-layer="' + l.layer + '""'
-  + ' aria-pressed="' + dropped.includes(l.layer) + '"'
-  + ' aria-label="Layer ' + l.layer
-  + (dropped.includes(l.layer) ? ', dropped' : ', kept') + l.about + '"'
-  + ' title="Layer ' + l.layer + l.about + '"'
-  + ' tabindex="' + (l.layer === 0 ? 0 : -1) + '"'
-  + ' style="--level:' + l.level + '">' + l.layer + '</button>').join('')}
+${value.layers.map((parts) => '<div class="ls-layer">' + parts.map((p) =>
+  '<button type="button" class="ls-player' + (dropped.includes(p.player) ? ' ls-dropped' : '') + '"'
+  + ' data-player="' + p.player + '"'
+  + ' aria-pressed="' + dropped.includes(p.player) + '"'
+  + ' aria-label="' + p.name
+  + (dropped.includes(p.player) ? ', dropped' : ', kept') + p.about + '"'
+  + ' title="' + p.name + p.about + '"'
+  + ' tabindex="' + (p.player === 0 ? 0 : -1) + '"'
+  + ' style="--level:' + p.level + '">' + p.label + '</button>').join('') + '</div>').join('')}
 </div>
 <p class="ls-strip-empty">${value.layers.length ? '' : 'Load a model to see its layers here.'}</p>
 """
@@ -32,7 +33,7 @@ ${value.layers.map((l) =>
 SCRIPT = """
 let focused = 0;
 let held = false;
-const buttons = () => Array.from(element.querySelectorAll('.ls-layer'));
+const buttons = () => Array.from(element.querySelectorAll('.ls-player'));
 const focusOn = (index) => {
   const all = buttons();
   if (!all.length) return;
@@ -41,13 +42,13 @@ const focusOn = (index) => {
   all[focused].focus();
 };
 element.addEventListener('click', (event) => {
-  const button = event.target.closest('.ls-layer');
+  const button = event.target.closest('.ls-player');
   if (!button) return;
-  const layer = Number(button.dataset.layer);
+  const player = Number(button.dataset.player);
   const before = props.dropped;
-  const after = before.includes(layer)
-    ? before.filter((other) => other !== layer)
-    : [...before, layer].sort((a, b) => a - b);
+  const after = before.includes(player)
+    ? before.filter((other) => other !== player)
+    : [...before, player].sort((a, b) => a - b);
   held = true;
   focused = buttons().indexOf(button);
   props.dropped = after;
@@ -80,11 +81,12 @@ def layer_strip() -> gr.HTML:
 
 
 def strip_value(session: Session) -> dict[str, Any]:
-    """What the strip shows of each layer: its number and, once known, its contribution.
+    """What the strip shows: per layer its players, each with its contribution once it is known.
 
-    Which layers are dropped is not part of it: see `strip_selection`.
+    Which are dropped is not part of it: see `strip_selection`.
     """
-    n = session.n_layers
+    players = session.players
+    n = players.count
     if session.analysis is None:
         levels, about = np.zeros(n), [""] * n
     else:
@@ -92,14 +94,20 @@ def strip_value(session: Session) -> dict[str, Any]:
         largest = float(np.max(np.abs(values), initial=0.0)) or 1.0
         levels = np.sqrt(np.clip(values, 0, None) / largest)
         about = [f", contribution {number(value)}" for value in values]
-    return {
-        "layers": [
-            {"layer": layer, "level": round(float(levels[layer]), 3), "about": about[layer]}
-            for layer in range(n)
-        ]
-    }
+    shown = [
+        {
+            "player": player,
+            "label": players.label(player),
+            "name": players.name(player).replace("layer", "Layer"),
+            "level": round(float(levels[player]), 3),
+            "about": about[player],
+        }
+        for player in range(n)
+    ]
+    size = players.per_layer
+    return {"layers": [shown[first : first + size] for first in range(0, n, size)]}
 
 
 def strip_selection(session: Session) -> dict[str, Any]:
-    """Update of the strip's dropped layers, leaving the rest of it as it is."""
+    """Update of the strip's dropped players, leaving the rest of it as it is."""
     return gr.update(dropped=list(session.dropped))

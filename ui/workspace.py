@@ -5,9 +5,13 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 
 from core.game import LayerGame
-from core.models import LayeredModel, Progress, load_model
+from core.models import LayeredModel, Progress
+from core.players import PlayerKind
+from core.pruning import load_pruned
+from core.resources import Resources, measure_resources
 from core.study import TextInfo
 from core.text import TextBlocks, load_text
 
@@ -45,6 +49,11 @@ class Workspace:
     calibration: LayerGame
     held_out: LayerGame
 
+    @cached_property
+    def resources(self) -> Resources:
+        """What dropping each player saves; measured when it is first asked for."""
+        return measure_resources(self.model, self.calibration.players)
+
     @property
     def text_info(self) -> TextInfo:
         return TextInfo.of(self.text)
@@ -57,7 +66,13 @@ class Workspaces:
         self._models: OrderedDict[ModelChoice, LayeredModel] = OrderedDict()
         self._lock = threading.Lock()
 
-    def open(self, model: ModelChoice, text: TextChoice, progress: Progress) -> Workspace:
+    def open(
+        self,
+        model: ModelChoice,
+        text: TextChoice,
+        progress: Progress,
+        players: PlayerKind = "blocks",
+    ) -> Workspace:
         """Load what is not loaded yet.
 
         Raises:
@@ -76,8 +91,8 @@ class Workspaces:
         return Workspace(
             loaded,
             blocks,
-            LayerGame(loaded, blocks.calibration),
-            LayerGame(loaded, blocks.held_out),
+            LayerGame(loaded, blocks.calibration, players=players),
+            LayerGame(loaded, blocks.held_out, players=players),
         )
 
     def _model(self, choice: ModelChoice, progress: Progress) -> LayeredModel:
@@ -85,7 +100,7 @@ class Workspaces:
             if choice not in self._models:
                 while len(self._models) >= MAX_MODELS:
                     self._models.popitem(last=False)
-                self._models[choice] = load_model(
+                self._models[choice] = load_pruned(
                     choice.source,
                     revision=choice.revision,
                     device=choice.device,

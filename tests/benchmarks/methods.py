@@ -84,7 +84,7 @@ def _frontiers(game: LayerGame, options: argparse.Namespace) -> Iterator[Frontie
     deepest = max(options.dropped)
     for name in options.methods:
         if name == METHOD:
-            budget = default_budget(game.n_layers, deepest)
+            budget = default_budget(game.players.count, deepest)
             yield from finish(
                 search(game, deepest, budget, [round(share * budget) for share in SNAPSHOTS])
             )
@@ -96,7 +96,7 @@ def _frontiers(game: LayerGame, options: argparse.Namespace) -> Iterator[Frontie
 
 
 def _losses(game: LayerGame, frontier: Frontier) -> NDArray[np.float64]:
-    return game.losses(np.array([leave_out(game.n_layers, s) for s in frontier.sets]))
+    return game.losses(np.array([leave_out(game.players.count, s) for s in frontier.sets]))
 
 
 def _report(table: pd.DataFrame, options: argparse.Namespace) -> None:

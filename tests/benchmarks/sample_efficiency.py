@@ -55,7 +55,7 @@ def main() -> None:
     model = load_model(options.model)
     text = load_text("bundled", model.tokenizer, blocks=options.blocks, block_length=options.length)
     game = LayerGame(model, text.calibration, EvaluationCache(options.cache))
-    n = game.n_layers
+    n = game.players.count
     unseen, reference = _reference(game, options.reference)
     rows = []
     for seed in range(options.seeds):
@@ -95,7 +95,7 @@ def _options() -> argparse.Namespace:
 
 def _reference(game, count):
     """Unseen masks with their utilities, and the reference values of each target."""
-    n = game.n_layers
+    n = game.players.count
     operating = default_strata(n)
     below = tuple(range(operating[-1]))
     masks = np.concatenate(
@@ -119,7 +119,7 @@ def _reference(game, count):
 
 
 def _reference_values(game, masks, losses):
-    n = game.n_layers
+    n = game.players.count
     estimates = estimate(masks, losses, game.full_loss, strata=range(n), surrogate="ensemble")
     by_size = estimates.shapley.by_size
     strata = published_strata(n)
@@ -145,7 +145,7 @@ def _measured(game, masks, name):
 
 
 def _ours(game, budget, seed, unseen, reference):
-    n = game.n_layers
+    n = game.players.count
     strata = default_strata(n)
     masks = sample_masks(n, strata, budget, seed)
     losses = _measured(game, masks, "ours")
@@ -160,7 +160,7 @@ def _ours(game, budget, seed, unseen, reference):
 
 def _published(game, budget, seed, options, unseen, reference):
     """The paper's surrogate and its estimator: no correction by what was measured."""
-    n = game.n_layers
+    n = game.players.count
     strata = published_strata(n)
     everything = sample_masks(n, strata, options.published, PUBLISHED_SEED)
     masks = everything[seed * budget : (seed + 1) * budget]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from core.players import Players
 from core.study import Comparison
 from ui.figures.style import ACCENT, CONTRAST, QUIET, base_figure
 
@@ -15,12 +16,16 @@ HOW_TO_READ = (
 )
 
 
-def comparison_chart(comparisons: Sequence[Comparison]) -> go.Figure:
-    """Perplexity, logarithmic, against the number of layers dropped."""
-    figure = base_figure(height=340, title_x="layers dropped", title_y="perplexity (log scale)")
+def comparison_chart(
+    comparisons: Sequence[Comparison], players: Players | None = None
+) -> go.Figure:
+    """Perplexity, logarithmic, against the number of layers dropped, or of parts of them."""
+    noun = players.noun if players else "layer"
+    figure = base_figure(height=340, title_x=f"{noun}s dropped", title_y="perplexity (log scale)")
+    named = players.labels if players else lambda dropped: ", ".join(map(str, dropped))
     counts = [len(c.dropped) for c in comparisons]
     hover = [
-        f"dropped {', '.join(map(str, c.dropped)) or 'nothing'}<br>held-out "
+        f"dropped {named(c.dropped) or 'nothing'}<br>held-out "
         f"{c.held_out_pruned:.4g} (full model {c.held_out_full:.4g})<br>calibration "
         f"{c.calibration_pruned:.4g} (full model {c.calibration_full:.4g})"
         for c in comparisons

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 
 from core.analysis import Analysis
 from core.contributions import Contributions
+from core.players import Players
 from ui.figures.style import (
     ACCENT,
     COLOUR_BAR,
@@ -18,12 +19,14 @@ from ui.figures.style import (
     base_figure,
     layer_ticks,
     number,
+    player_ticks,
     root_scale,
     signed_root,
+    whole_layers,
 )
 
 BARS_HOW_TO_READ = (
-    "A longer bar means the model needs the layer more; layers whose whiskers (95 % intervals) "
+    "A longer bar means the model needs it more; bars whose whiskers (95 % intervals) "
     "overlap cannot be ranked apart."
 )
 HEATMAP_HOW_TO_READ = (
@@ -39,13 +42,15 @@ BAR_PIXELS = 17
 
 def contribution_bars(
     contributions: Contributions,
+    players: Players | None = None,
     *,
     dropped: Collection[int] = (),
     sort: Literal["rank", "depth"] = "rank",
 ) -> go.Figure:
-    """Horizontal bars with 95 % whiskers, the most needed layer on top."""
+    """Horizontal bars with 95 % whiskers, the most needed player on top."""
     values, intervals = contributions.values, contributions.intervals
     n = len(values)
+    players = whole_layers(n, players)
     # Plotly's first category is at the bottom.
     order = np.argsort(values, kind="stable") if sort == "rank" else np.arange(n)[::-1]
     ranks = np.empty(n, dtype=int)
@@ -54,7 +59,7 @@ def contribution_bars(
         height=70 + max(6, n) * BAR_PIXELS, title_x="contribution to utility (needed more →)"
     )
     gone = np.isin(order, list(dropped))
-    labels = [f"layer {layer}" for layer in order]
+    labels = [players.name(player) for player in order]
     figure.add_bar(
         x=values[order],
         y=labels,
@@ -74,7 +79,7 @@ def contribution_bars(
             "width": 2,
         },
         customdata=[
-            _bar_hover(layer, values, intervals, ranks, layer in dropped) for layer in order
+            _bar_hover(players.name(p), p, values, intervals, ranks, p in dropped) for p in order
         ],
         hovertemplate="%{customdata}<extra></extra>",
     )
@@ -84,21 +89,22 @@ def contribution_bars(
     return figure
 
 
-def contribution_heatmap(contributions: Contributions) -> go.Figure:
-    """Layer (depth order) by number of other layers kept; colour is the contribution there."""
+def contribution_heatmap(contributions: Contributions, players: Players | None = None) -> go.Figure:
+    """Player (depth order) by number of others kept; colour is the contribution there."""
     n = len(contributions.values)
+    players = whole_layers(n, players)
     by_size = contributions.by_size.T
     figure = base_figure(
         height=300 if len(by_size) < 16 else min(620, 120 + 15 * len(by_size)),
-        title_x="layer, in depth order",
-        title_y="other layers kept",
+        title_x=f"{players.noun}, in depth order",
+        title_y=f"other {players.noun}s kept",
     )
     hover = [
         [
-            f"layer {layer}, with {size} others kept<br>contribution "
-            f"{number(contributions.by_size[layer, row])} ± "
-            f"{number(contributions.by_size_errors[layer, row])} (standard error)"
-            for layer in range(n)
+            f"{players.name(player)}, with {size} others kept<br>contribution "
+            f"{number(contributions.by_size[player, row])} ± "
+            f"{number(contributions.by_size_errors[player, row])} (standard error)"
+            for player in range(n)
         ]
         for row, size in enumerate(contributions.sizes)
     ]
@@ -112,7 +118,7 @@ def contribution_heatmap(contributions: Contributions) -> go.Figure:
         ygap=1,
         **root_scale(by_size),
     )
-    figure.update_xaxes(showgrid=False, tickvals=layer_ticks(n))
+    figure.update_xaxes(showgrid=False, **player_ticks(players))
     sizes = contributions.sizes
     figure.update_yaxes(showgrid=False, tickvals=[int(sizes[i]) for i in layer_ticks(len(sizes))])
     return figure
@@ -123,7 +129,7 @@ def surrogate_scatter(analysis: Analysis) -> go.Figure:
     surrogate = analysis.surrogate
     measured = np.exp(analysis.full_loss + surrogate.measured)
     predicted = np.exp(analysis.full_loss + surrogate.out_of_fold)
-    kept = analysis.masks.sum(axis=1)
+    kept, noun = analysis.masks.sum(axis=1), analysis.players.noun
     figure = base_figure(
         height=360, title_x="measured perplexity", title_y="predicted perplexity, mask unseen"
     )
@@ -143,12 +149,13 @@ def surrogate_scatter(analysis: Analysis) -> go.Figure:
             "color": kept,
             "colorscale": SEQUENTIAL,
             "opacity": 0.8,
-            "colorbar": {**COLOUR_BAR, "title": {"text": "layers kept", "side": "right"}},
+            "colorbar": {**COLOUR_BAR, "title": {"text": f"{noun}s kept", "side": "right"}},
             "line": {"width": 0},
         },
         customdata=np.stack([measured, predicted, kept], axis=1),
         hovertemplate=(
-            "%{customdata[2]} layers kept<br>measured %{customdata[0]:,.3s}"
+            f"%{{customdata[2]}} {noun}s kept"
+            "<br>measured %{customdata[0]:,.3s}"
             "<br>predicted %{customdata[1]:,.3s}<extra></extra>"
         ),
     )
@@ -158,12 +165,12 @@ def surrogate_scatter(analysis: Analysis) -> go.Figure:
 
 
 def _bar_hover(
-    layer: int, values: np.ndarray, intervals: np.ndarray, ranks: np.ndarray, gone: bool
+    name: str, player: int, values: np.ndarray, intervals: np.ndarray, ranks: np.ndarray, gone: bool
 ) -> str:
-    low, high = intervals[layer]
+    low, high = intervals[player]
     overlapping = int(((intervals[:, 0] <= high) & (intervals[:, 1] >= low)).sum()) - 1
     return (
-        f"layer {layer}{' (dropped)' if gone else ''}<br>contribution {number(values[layer])}<br>"
-        f"95 % interval {number(low)} to {number(high)}<br>rank {ranks[layer]} of {len(values)}; "
+        f"{name}{' (dropped)' if gone else ''}<br>contribution {number(values[player])}<br>"
+        f"95 % interval {number(low)} to {number(high)}<br>rank {ranks[player]} of {len(values)}; "
         f"not told apart from {overlapping} other{'' if overlapping == 1 else 's'}"
     )

@@ -9,16 +9,18 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from core.interactions import Interactions
+from core.players import Players
 from ui.figures.style import (
     ACCENT,
     CONTRAST,
     QUIET,
     base_figure,
-    layer_ticks,
     number,
+    player_ticks,
     root_scale,
     signed,
     signed_root,
+    whole_layers,
 )
 
 HEATMAP_HOW_TO_READ = (
@@ -37,19 +39,22 @@ PAIR_HOW_TO_READ = (
 ARC_POINTS = 33
 
 
-def strongest_pairs(interactions: Interactions, count: int = 12) -> pd.DataFrame:
+def strongest_pairs(
+    interactions: Interactions, count: int = 12, players: Players | None = None
+) -> pd.DataFrame:
     """The strongest pairs by absolute interaction, strongest first.
 
-    Columns: layer i, layer j, interaction, error, meaning.
+    Columns: layer i, layer j (as labels), interaction, standard error, meaning.
     """
+    players = whole_layers(len(interactions.values), players)
     first, second = np.triu_indices(len(interactions.values), 1)
     values = interactions.values[first, second]
     errors = interactions.errors[first, second]
     order = np.argsort(-np.abs(values), kind="stable")[:count]
     return pd.DataFrame(
         {
-            "layer i": first[order],
-            "layer j": second[order],
+            "layer i": [players.label(int(player)) for player in first[order]],
+            "layer j": [players.label(int(player)) for player in second[order]],
             "interaction": values[order].round(5),
             "standard error": errors[order].round(5),
             "meaning": [_meaning(values[k], errors[k]) for k in order],
@@ -57,15 +62,17 @@ def strongest_pairs(interactions: Interactions, count: int = 12) -> pd.DataFrame
     )
 
 
-def interaction_heatmap(interactions: Interactions) -> go.Figure:
-    """Layer by layer, centred on zero, the diagonal blank."""
+def interaction_heatmap(interactions: Interactions, players: Players | None = None) -> go.Figure:
+    """Player by player, centred on zero, the diagonal blank."""
     values = interactions.values.copy()
     n = len(values)
+    players = whole_layers(n, players)
     np.fill_diagonal(values, np.nan)
-    figure = base_figure(height=520, title_x="layer", title_y="layer")
+    figure = base_figure(height=520, title_x=players.noun, title_y=players.noun)
     hover = [
         [
-            f"layers {i} and {j}<br>interaction {signed(interactions.values[i, j])} ± "
+            f"{players.name(i)} and {players.name(j)}<br>interaction "
+            f"{signed(interactions.values[i, j])} ± "
             f"{number(interactions.errors[i, j])} (standard error)<br>"
             f"{_meaning(interactions.values[i, j], interactions.errors[i, j])}"
             for j in range(n)
@@ -83,24 +90,30 @@ def interaction_heatmap(interactions: Interactions) -> go.Figure:
         ygap=1,
         **root_scale(values),
     )
-    ticks = layer_ticks(n)
-    figure.update_xaxes(showgrid=False, tickvals=ticks, constrain="domain")
+    ticks = player_ticks(players)
+    figure.update_xaxes(showgrid=False, **ticks, constrain="domain")
     figure.update_yaxes(
-        showgrid=False, tickvals=ticks, autorange="reversed", scaleanchor="x", constrain="domain"
+        showgrid=False, **ticks, autorange="reversed", scaleanchor="x", constrain="domain"
     )
     return figure
 
 
 def interaction_graph(
-    interactions: Interactions, *, strongest: int = 12, dropped: Collection[int] = ()
+    interactions: Interactions,
+    players: Players | None = None,
+    *,
+    strongest: int = 12,
+    dropped: Collection[int] = (),
 ) -> go.Figure:
-    """The strongest pairs as arcs over the line of layers in depth order."""
+    """The strongest pairs as arcs over the line of players in depth order."""
     n = len(interactions.values)
-    pairs = strongest_pairs(interactions, strongest)
-    figure = base_figure(height=320, title_x="layer, in depth order")
+    players = whole_layers(n, players)
+    pairs = strongest_pairs(interactions, strongest, players)
+    place = {players.label(player): player for player in range(n)}
+    figure = base_figure(height=320, title_x=f"{players.noun}, in depth order")
     largest = float(pairs["interaction"].abs().max()) if len(pairs) else 1.0
     for row in pairs.itertuples(index=False):
-        i, j, value, error = row[0], row[1], row[2], row[3]
+        i, j, value, error = place[row[0]], place[row[1]], row[2], row[3]
         angle = np.linspace(0, np.pi, ARC_POINTS)
         side = 1 if value >= 0 else -1
         figure.add_scatter(
@@ -112,7 +125,8 @@ def interaction_graph(
                 "width": 1 + 5 * abs(value) / (largest or 1.0),
             },
             opacity=0.75,
-            text=f"layers {i} and {j}<br>interaction {signed(value)} ± {number(error)}<br>{row[4]}",
+            text=f"{players.name(i)} and {players.name(j)}<br>interaction {signed(value)} ± "
+            f"{number(error)}<br>{row[4]}",
             hovertemplate="%{text}<extra></extra>",
         )
     figure.add_scatter(
@@ -122,17 +136,17 @@ def interaction_graph(
         marker={
             "size": 9 if n <= 40 else 5,
             "color": QUIET,
-            "symbol": ["x-thin-open" if layer in dropped else "circle" for layer in range(n)],
+            "symbol": ["x-thin-open" if player in dropped else "circle" for player in range(n)],
         },
-        text=[f"layer {layer}" for layer in range(n)],
+        text=[players.name(player) for player in range(n)],
         hovertemplate="%{text}<extra></extra>",
     )
-    figure.update_xaxes(showgrid=False, tickvals=layer_ticks(n), range=[-1, n])
+    figure.update_xaxes(showgrid=False, **player_ticks(players), range=[-1, n])
     figure.update_yaxes(visible=False)
     return figure
 
 
-def pair_utilities(first: int, second: int, utilities: Sequence[float]) -> go.Figure:
+def pair_utilities(first: str, second: str, utilities: Sequence[float]) -> go.Figure:
     """Measured utilities: full model, without `first`, without `second`, without both."""
     full, without_first, without_second, _ = utilities
     additive = without_first + without_second - full

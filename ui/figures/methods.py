@@ -2,60 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import plotly.graph_objects as go
 
-from core.methods import MethodResult, MethodsComparison
+from core.methods import PARTS, MethodResult, MethodsComparison
+from core.resources import RESOURCES, Resource
 from core.selection import METHOD
-from ui.figures.style import ACCENT, QUIET, base_figure, layer_ticks, number
+from ui.figures.style import ACCENT, QUIET, base_figure, number, player_ticks
 
 CHART_HOW_TO_READ = (
     "Lower is better: perplexity on held-out text, which chose none of the sets. Hover for the set "
-    "and for the evaluations it took."
+    "and for the evaluations it took. Speed-up is predicted from the measured time of the model's "
+    "parts; Prune and compare measures it."
 )
-MAP_HOW_TO_READ = "One row per method, best first: filled squares are the layers it drops."
-AGREEMENT_HOW_TO_READ = "The share of dropped layers that two methods have in common."
+MAP_HOW_TO_READ = (
+    "One row per method, best first: filled squares are what it drops; of attention and MLP apart, "
+    "a is attention and m the MLP."
+)
+AGREEMENT_HOW_TO_READ = "The share of what they drop that two methods have in common."
+# What the depth of a cut can be measured by: axis title, and how a saved share is shown.
+AXES: dict[str, tuple[str, Callable[[float], float]]] = {
+    "layers dropped": ("layers dropped, or as much as so many layers save", lambda share: share),
+    "parameters": ("parameters saved (%)", lambda share: 100 * share),
+    "key/value cache": ("key/value cache saved (%)", lambda share: 100 * share),
+    "speed": ("predicted speed-up of writing (times)", lambda share: 1 / max(1 - share, 1e-3)),
+}
+BY_DEPTH, *_ = AXES
+RESOURCE_OF: dict[str, Resource] = {
+    "parameters": "parameters",
+    "key/value cache": "cache",
+    "speed": "time",
+}
 # Apart for every common colour blindness (Okabe and Ito), and again by their symbols.
 COLOURS = ("#c2570c", "#009e73", "#a6559d", "#b8860b", "#56b4e9", "#7a5195", "#8c564b", "#8b93a1")
 SYMBOLS = ("square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star", "pentagon")
+DASHES = {"parameters": "dash", "cache": "dot", "time": "dashdot"}
 ROW_PIXELS, MARGIN_PIXELS = 26, 90
 
 
-def methods_chart(comparison: MethodsComparison) -> go.Figure:
-    """Held-out perplexity, logarithmic, against layers dropped; one line per method."""
-    figure = base_figure(
-        height=430, title_x="layers dropped", title_y="held-out perplexity (log scale)"
-    )
+def methods_chart(comparison: MethodsComparison, axis: str = BY_DEPTH) -> go.Figure:
+    """Held-out perplexity, logarithmic, against what is saved; one line per method.
+
+    `axis` is one of `AXES`.
+    """
+    title, _ = AXES[axis]
+    figure = base_figure(height=430, title_x=title, title_y="held-out perplexity (log scale)")
     depths = list(range(1, comparison.deepest + 1))
+    places = {
+        r.frontier.method: [_place(comparison, axis, r, depth) for depth in depths]
+        for r in comparison.results
+    }
+    start = 1.0 if axis == "speed" else 0.0
+    end = max((max(p) for p in places.values()), default=start + 1) * 1.04
     full = float(np.exp(comparison.full_held_out))
     figure.add_scatter(
         name="full model",
-        x=[0, comparison.deepest + 0.5],
+        x=[start, end],
         y=[full, full],
         mode="lines",
         line={"color": QUIET, "dash": "dot", "width": 1.5},
         hovertemplate="full model %{y:.4g}<extra></extra>",
     )
-    others = [r for r in comparison.results if r.frontier.method != METHOD]
-    styles = {r.frontier.method: place for place, r in enumerate(others)}
-    for result in sorted(comparison.results, key=lambda r: r.frontier.method == METHOD):
+    others = [r for r in comparison.results if not _is_ours(r)]
+    styles = {r.frontier.method: number for number, r in enumerate(others)}
+    for result in sorted(comparison.results, key=_is_ours):
         method = result.frontier.method
-        ours = method == METHOD
-        place = styles.get(method, 0)
+        ours = _is_ours(result)
+        style = styles.get(method, 0)
         figure.add_scatter(
             name=method,
-            x=depths,
+            x=places[method],
             y=_perplexities(result.held_out),
             mode="lines+markers",
             line={
-                "color": ACCENT if ours else COLOURS[place % len(COLOURS)],
+                "color": ACCENT if ours else COLOURS[style % len(COLOURS)],
                 "width": 3 if ours else 1.5,
+                "dash": DASHES.get(PARTS.get(method, ""), "solid"),
             },
             marker={
                 "size": 8 if ours else 6,
-                "symbol": "circle" if ours else SYMBOLS[place % len(SYMBOLS)],
+                "symbol": "circle" if ours else SYMBOLS[style % len(SYMBOLS)],
             },
-            text=[_hover(result, k) for k in depths],
+            text=[_hover(comparison, result, k) for k in depths],
             hovertemplate="%{text}<extra></extra>",
         )
     figure.update_layout(
@@ -63,22 +93,24 @@ def methods_chart(comparison: MethodsComparison) -> go.Figure:
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         margin_t=70,
     )
-    figure.update_xaxes(range=[0, comparison.deepest + 0.5], tickformat="d")
+    figure.update_xaxes(range=[start, end], tickformat="d" if axis == BY_DEPTH else "~g")
     figure.update_yaxes(type="log", tickformat="~g", dtick="D2", minor={"ticks": ""})
     return figure
 
 
 def methods_map(comparison: MethodsComparison, dropped: int) -> go.Figure:
-    """Which layers each method drops at one depth, the best on held-out text first."""
+    """Which players each method drops at one depth, the best on held-out text first."""
     ranked = _ranked(comparison, dropped)
-    n = comparison.n_layers
+    players = comparison.players
+    n = players.count
     cells = np.array([np.isin(np.arange(n), r.frontier.sets[dropped - 1]) for r in ranked])
     names = [
         f"{r.frontier.method} ({number(float(np.exp(r.held_out[dropped - 1])))})" for r in ranked
     ]
     figure = base_figure(
         height=MARGIN_PIXELS + ROW_PIXELS * len(ranked),
-        title_x=f"layer, where {dropped} {'is' if dropped == 1 else 'are'} dropped",
+        title_x=f"{players.noun}, where {dropped} {'layer is' if dropped == 1 else 'layers are'} "
+        + ("dropped" if players.kind == "blocks" else "dropped, or their worth saved"),
     )
     figure.add_heatmap(
         z=cells.astype(int),
@@ -90,10 +122,13 @@ def methods_map(comparison: MethodsComparison, dropped: int) -> go.Figure:
         showscale=False,
         xgap=2,
         ygap=2,
-        text=np.where(cells, "dropped", "kept"),
-        hovertemplate="%{y}<br>layer %{x} %{text}<extra></extra>",
+        text=[
+            [f"{players.name(p)} {'dropped' if row[p] else 'kept'}" for p in range(n)]
+            for row in cells
+        ],
+        hovertemplate="%{y}<br>%{text}<extra></extra>",
     )
-    figure.update_xaxes(tickvals=layer_ticks(n), showgrid=False)
+    figure.update_xaxes(**player_ticks(players), showgrid=False)
     figure.update_yaxes(autorange="reversed", showgrid=False)
     return figure
 
@@ -134,11 +169,25 @@ def _perplexities(losses: np.ndarray) -> list[float | None]:
     return [float(np.exp(loss)) if np.isfinite(loss) else None for loss in losses]
 
 
-def _hover(result: MethodResult, k: int) -> str:
-    frontier = result.frontier
+def _is_ours(result: MethodResult) -> bool:
+    return result.frontier.method == METHOD or result.frontier.method in PARTS
+
+
+def _place(comparison: MethodsComparison, axis: str, result: MethodResult, depth: int) -> float:
+    if axis == BY_DEPTH:
+        return depth
+    _, shown = AXES[axis]
+    return shown(comparison.resources.saved(RESOURCE_OF[axis], result.frontier.sets[depth - 1]))
+
+
+def _hover(comparison: MethodsComparison, result: MethodResult, k: int) -> str:
+    frontier, resources = result.frontier, comparison.resources
+    chosen = frontier.sets[k - 1]
+    saved = [f"{100 * resources.saved(resource, chosen):.0f} %" for resource in RESOURCES]
     return (
-        f"<b>{frontier.method}</b>, {k} dropped: {', '.join(map(str, frontier.sets[k - 1]))}<br>"
+        f"<b>{frontier.method}</b>, drops {comparison.players.labels(chosen)}<br>"
         f"held-out {number(float(np.exp(result.held_out[k - 1])))}, calibration "
         f"{number(float(np.exp(result.calibration[k - 1])))}<br>"
-        f"{frontier.evaluations[k - 1]} model evaluations"
+        f"saves {saved[0]} of parameters, {saved[1]} of the cache, {saved[2]} of the writing time "
+        f"(predicted)<br>{frontier.evaluations[k - 1]} model evaluations"
     )

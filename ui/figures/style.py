@@ -10,6 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import ArrayLike, NDArray
 
+from core.players import Players
+
 ACCENT = "#2f6fdf"
 CONTRAST = "#c2570c"
 QUIET = "#8b93a1"
@@ -65,6 +67,17 @@ def empty_figure(message: str) -> go.Figure:
         text=message, showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper", font={"size": 14}
     )
     return figure
+
+
+def whole_layers(n: int, players: Players | None) -> Players:
+    """The players that n columns stand for: by default whole layers."""
+    return players or Players("blocks", n)
+
+
+def player_ticks(players: Players) -> dict:
+    """Labels of a depth axis on which every player has its own place."""
+    places = layer_ticks(players.count)
+    return {"tickvals": places, "ticktext": [players.label(place) for place in places]}
 
 
 def layer_ticks(n: int, most: int = 16) -> list[int]:
