@@ -13,6 +13,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
@@ -121,7 +122,11 @@ def load_pruned(source: str, **settings: Any) -> LayeredModel:
         raise LayerShapError(
             f"{saved} is damaged ({error}); delete it to load the model without skipping."
         ) from error
-    return model if keep.all() else prune(model, keep.ravel())
+    if keep.all():
+        return model
+    with _speaking(model.blocks):
+        model.branches  # noqa: B018 (found now, and remembered)
+    return prune(model, keep.ravel())
 
 
 def save_pruned(
@@ -358,6 +363,21 @@ def _neutral(module: nn.Module) -> nn.Module:
                     parameter.data.zero_()
                 setattr(parent, name, child.part)
     return whole
+
+
+@contextmanager
+def _speaking(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Give weights that are all zero others for a while: what a branch does shows only then."""
+    silent = [p for block in blocks for p in block.parameters() if not p.any()]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for parameter in silent:
+            noise = torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5
+            parameter.data.copy_(noise)
+        yield
+    finally:
+        for parameter in silent:
+            parameter.data.zero_()
 
 
 def _position(layer: Any, n_layers: int) -> int:

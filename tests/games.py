@@ -25,10 +25,28 @@ class TableGame:
     def losses(self, masks: np.ndarray) -> np.ndarray:
         return np.array([loss for _, loss in self.measure(masks)])
 
+    def perplexity(self, masks: np.ndarray) -> np.ndarray:
+        return np.exp(self.losses(masks))
+
 
 def additive_loss(weights: np.ndarray) -> TableGame:
     """−log v = sum of the dropped layers' weights."""
     return TableGame(len(weights), lambda mask: float(np.exp(-weights[~mask].sum())))
+
+
+def rugged_game(seed: int, n: int) -> TableGame:
+    """Layers with costs, neighbours that stand in for each other, and a rest no model explains."""
+    rng = np.random.default_rng(seed)
+    weights = rng.exponential(0.2, n)
+    pairs = {(i, j): rng.normal(0.0, 0.15) for i in range(n) for j in range(i + 1, min(n, i + 4))}
+    noise = rng.normal(0.0, 0.02, 2**n)
+    smooth = with_pairs(weights, pairs)
+    places = 2 ** np.arange(n)
+
+    def utility(mask: np.ndarray) -> float:
+        return smooth._utility(mask) * np.exp(noise[int(places[~mask].sum())] * (not mask.all()))
+
+    return TableGame(n, utility)
 
 
 def with_pairs(weights: np.ndarray, pairs: dict[tuple[int, int], float]) -> TableGame:

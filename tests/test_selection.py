@@ -15,7 +15,7 @@ from core.methods import CONTRIBUTIONS, compare_methods
 from core.models import describe
 from core.players import Players
 from core.selection import METHOD, Kernel, SetProcess, greedy_evaluations, search
-from games import TableGame, with_pairs
+from games import TableGame, rugged_game, with_pairs
 from tiny_models import tiny
 
 N, DEEPEST = 12, 6
@@ -28,21 +28,6 @@ def finish(method):
             next(method)
         except StopIteration as end:
             return end.value, count
-
-
-def rugged_game(seed: int, n: int = N) -> TableGame:
-    """Layers with costs, neighbours that stand in for each other, and a rest no model explains."""
-    rng = np.random.default_rng(seed)
-    weights = rng.exponential(0.2, n)
-    pairs = {(i, j): rng.normal(0.0, 0.15) for i in range(n) for j in range(i + 1, min(n, i + 4))}
-    noise = rng.normal(0.0, 0.02, 2**n)
-    smooth = with_pairs(weights, pairs)
-    places = 2 ** np.arange(n)
-
-    def utility(mask):
-        return smooth._utility(mask) * np.exp(noise[int(places[~mask].sum())] * (not mask.all()))
-
-    return TableGame(n, utility)
 
 
 def loss_of(game, dropped):
@@ -77,7 +62,7 @@ def total_gap(game, frontier):
 def test_search_is_nearer_the_best_sets_than_greedy_at_its_price_and_than_others_at_half_of_it():
     gaps = []
     for seed in range(6):
-        game = rugged_game(seed)
+        game = rugged_game(seed, N)
         greedy, price = finish(baselines.greedy(game, DEEPEST))
         alone, _ = finish(baselines.leave_one_out(game, DEEPEST))
         [*_, half, whole], spent = finish(search(game, DEEPEST, price, snapshots=(price // 2,)))
@@ -90,7 +75,7 @@ def test_search_is_nearer_the_best_sets_than_greedy_at_its_price_and_than_others
 
 
 def test_search_measures_no_set_twice_and_says_what_it_would_choose_earlier():
-    game = rugged_game(0)
+    game = rugged_game(0, N)
     seen = []
     measure = game.measure
     game.measure = lambda masks: (seen.extend(m.tobytes() for m in masks), measure(masks))[1]
@@ -102,21 +87,21 @@ def test_search_measures_no_set_twice_and_says_what_it_would_choose_earlier():
 
 
 def test_search_ends_when_every_set_was_measured():
-    game = rugged_game(1, n=4)
+    game = rugged_game(1, 4)
     [*_, found], spent = finish(search(game, 2, budget=1000))
     assert spent == 1 + 4 + 6
     assert loss_of(game, found.sets[1]) == best_possible(game, 2)
 
 
 def test_search_is_repeatable():
-    once, again = (finish(search(rugged_game(3), DEEPEST))[0] for _ in range(2))
+    once, again = (finish(search(rugged_game(3, N), DEEPEST))[0] for _ in range(2))
     assert once == again
 
 
 @pytest.mark.parametrize(("deepest", "budget"), [(0, None), (12, None), (4, 11)])
 def test_search_refuses_what_it_cannot_do(deepest, budget):
     with pytest.raises(LayerShapError, match=r"deepest is|budget is 11"):
-        finish(search(rugged_game(0), deepest, budget))
+        finish(search(rugged_game(0, N), deepest, budget))
 
 
 def test_the_process_is_regression_on_layers_and_pairs():
@@ -140,7 +125,7 @@ def test_the_process_is_regression_on_layers_and_pairs():
 
 
 def test_greedy_is_what_it_says():
-    game = rugged_game(2)
+    game = rugged_game(2, N)
     found, spent = finish(baselines.greedy(game, 3))
     assert spent == found.evaluations[-1] == greedy_evaluations(N, 3) == 12 + 11 + 10
     dropped = []
@@ -159,7 +144,7 @@ def test_quadratic_is_exact_where_only_pairs_interact():
 
 
 def test_leave_one_out_ranks_by_single_losses():
-    game = rugged_game(4)
+    game = rugged_game(4, N)
     found, spent = finish(baselines.leave_one_out(game, 4))
     costs = [loss_of(game, [layer]) for layer in range(N)]
     assert spent == found.evaluations[0] == N
