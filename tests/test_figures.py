@@ -8,6 +8,8 @@ from core.baselines import Frontier
 from core.contributions import Contributions
 from core.interactions import Interactions
 from core.methods import MethodResult, MethodsComparison
+from core.players import Players
+from core.resources import Resources
 from core.study import Comparison
 from games import with_pairs
 from ui.figures import (
@@ -25,6 +27,8 @@ from ui.figures import (
 )
 from ui.figures.interactions import strongest_pairs
 from ui.figures.style import layer_ticks, number, root_scale, signed_root
+
+SIX_LAYERS = Resources(Players("blocks", 6), np.full(6, 0.15), np.full(6, 1 / 6), np.full(6, 0.1))
 
 
 def contributions(n, sizes=5):
@@ -173,7 +177,7 @@ def compared():
     second = result("LayerShap search", ((4,), (1, 4), (1, 3, 4)), 30)
     second.held_out[1:] = first.held_out[1:] - 0.5
     second.held_out[2] = np.inf
-    return MethodsComparison(6, 3.6, 3.7, (first, second))
+    return MethodsComparison(SIX_LAYERS, 3.6, 3.7, (first, second))
 
 
 def test_a_line_per_method_ours_on_top_and_a_gap_where_a_loss_is_not_finite(compared):

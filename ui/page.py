@@ -255,6 +255,15 @@ def build(settings: AppSettings) -> gr.Blocks:
                 **heavy,
             ),
             pruning.keep_all.click(handlers.keep_all, session, [*chosen, strip], **quiet),
+            pruning.target.find.click(
+                handlers.find,
+                [session, *pruning.target.inputs],
+                [*chosen, strip],
+                concurrency_id=ANALYSING,
+                concurrency_limit=1,
+                api_name="find",
+                **heavy,
+            ),
             methods.take.click(
                 handlers.take,
                 [session, compared, methods.method, methods.shown],

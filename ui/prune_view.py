@@ -28,6 +28,7 @@ from ui.session import Session, StopSignals
 from ui.setup_view import whole
 from ui.status import guarded, news, progress_bar, streamed
 from ui.strip import strip_selection
+from ui.target_view import TargetView, search_target, summary, target_view
 
 NOTHING_TRIED = "Drop some layers and press Measure: every set you try appears here."
 PROMPT = "The first thing a new government should do is"
@@ -42,6 +43,7 @@ class PruneView:
     count: gr.Slider
     drop_least: gr.Button
     keep_all: gr.Button
+    target: TargetView
     predicted: gr.HTML
     measure: gr.Button
     figures: gr.HTML
@@ -95,6 +97,8 @@ def prune_view() -> PruneView:
             with gr.Row():
                 drop_least = gr.Button("Drop the k least needed", elem_id="drop-least")
                 keep_all = gr.Button("Keep all layers", elem_id="keep-all")
+            with gr.Accordion("Or find the best set for a target", open=False):
+                target = target_view()
             predicted = gr.HTML(_prediction(Session()), elem_id="predicted")
             measure = gr.Button(
                 "Measure full and pruned model", variant="primary", elem_id="measure"
@@ -144,6 +148,7 @@ def prune_view() -> PruneView:
         count,
         drop_least,
         keep_all,
+        target,
         predicted,
         measure,
         figures,
@@ -181,6 +186,7 @@ class PruneHandlers:
         self.drop_least = guard(self._drop_least)
         self.keep_all = guard(self._keep_all)
         self.take = guard(self._take)
+        self.find = guard(self._find)
         self.measure = guard(self._measure)
         self.go_on = guard(self._go_on)
         self.save = guard(self._save)
@@ -220,6 +226,26 @@ class PruneHandlers:
                 f"{method} drops {session.players.labels(layers)}: the set is in Prune and compare."
             ),
         }
+
+    def _find(
+        self,
+        session: Session,
+        rise: float | None,
+        saved: float | None,
+        resource: str,
+        keep: str,
+        request: gr.Request,
+    ) -> Iterator[dict]:
+        for item in search_target(session, self._stops, request, rise, saved, resource, keep):
+            if isinstance(item, str):
+                yield {self._status: item}
+            else:
+                yield {
+                    **self._select(session, item.dropped),
+                    self._status: news(summary(session, item, rise, resource)),
+                }
+                return
+        yield {self._status: news("Stopped: what was measured is kept. Search again to go on.")}
 
     def _select(self, session: Session, layers: tuple[int, ...]) -> dict:
         chosen = session.dropping(layers)

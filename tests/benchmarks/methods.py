@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,21 +45,23 @@ def main() -> None:
         model.tokenizer,
         blocks=options.splits * blocks,
         block_length=options.length,
-        held_out_blocks=options.splits * blocks,
+        held_out_blocks=options.splits * options.held_out,
     )
     cache = EvaluationCache(options.cache)
     rows = []
     for split in range(options.splits):
         part = slice(split * blocks, (split + 1) * blocks)
         calibration = LayerGame(model, text.calibration[part], cache)
-        held_out = LayerGame(model, text.held_out[part], cache)
+        judging = slice(split * options.held_out, (split + 1) * options.held_out)
+        held_out = LayerGame(model, text.held_out[judging], cache)
         started = time.monotonic()
         for frontier in _frontiers(calibration, options):
             name = f"{frontier.method} ({frontier.evaluations[-1]} evaluations)"
-            losses = _losses(held_out, frontier)
-            fitted = _losses(calibration, frontier)
-            for k in options.dropped:
-                rows.append((split, name, k, losses[k - 1], fitted[k - 1]))
+            losses = _losses(held_out, frontier, options.dropped)
+            fitted = _losses(calibration, frontier, options.dropped)
+            rows += [
+                (split, name, *row) for row in zip(options.dropped, losses, fitted, strict=True)
+            ]
             seconds = time.monotonic() - started
             print(f"split {split}, {name}: {seconds:.0f} s", file=sys.stderr, flush=True)
         rows.append((split, "Full model", 0, held_out.full_loss, calibration.full_loss))
@@ -72,12 +74,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--splits", type=int, default=5)
     parser.add_argument("--blocks", type=int, default=10)
+    parser.add_argument("--held-out-blocks", dest="held_out", type=int, help="as --blocks")
     parser.add_argument("--block-length", dest="length", type=int, default=128)
     parser.add_argument("--dropped", type=int, nargs="+", default=[3, 6, 9, 12])
     parser.add_argument("--shapley", type=int, default=512, help="0 leaves the paper's rule out")
     parser.add_argument("--methods", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--cache", default=None, help="folder; by default the user's")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.held_out = options.held_out or options.blocks
+    return options
 
 
 def _frontiers(game: LayerGame, options: argparse.Namespace) -> Iterator[Frontier]:
@@ -95,13 +100,17 @@ def _frontiers(game: LayerGame, options: argparse.Namespace) -> Iterator[Frontie
         yield Frontier.of_ranking(SHAPLEY, iter(order), deepest, options.shapley)
 
 
-def _losses(game: LayerGame, frontier: Frontier) -> NDArray[np.float64]:
-    return game.losses(np.array([leave_out(game.players.count, s) for s in frontier.sets]))
+def _losses(game: LayerGame, frontier: Frontier, depths: Sequence[int]) -> NDArray[np.float64]:
+    sets = [frontier.sets[depth - 1] for depth in depths]
+    return game.losses(np.array([leave_out(game.players.count, s) for s in sets]))
 
 
 def _report(table: pd.DataFrame, options: argparse.Namespace) -> None:
     full = table[table.k == 0]
-    print(f"{options.splits} splits of {options.blocks} x {options.length} tokens")
+    print(
+        f"{options.splits} splits of {options.blocks} x {options.length} calibration and "
+        f"{options.held_out} x {options.length} held-out tokens"
+    )
     print(f"full model: held-out perplexity {np.exp(full['held-out'].mean()):.2f}")
     cuts = table[table.k > 0]
     for text in ("held-out", "calibration"):
