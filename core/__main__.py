@@ -10,7 +10,9 @@ from core.allocator import keep_freed_memory
 from core.analysis import AnalysisProgress, AnalysisSettings, run
 from core.errors import LayerShapError
 from core.game import LayerGame
-from core.models import DEVICES, DTYPES, load_model
+from core.models import DEVICES, DTYPES
+from core.players import PLAYER_KINDS
+from core.pruning import load_pruned
 from core.study import Study, TextInfo
 from core.text import load_text
 
@@ -39,6 +41,12 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("--revision", help="branch, tag or commit of a Hub id")
     analyze.add_argument("--device", default="auto", choices=DEVICES)
     analyze.add_argument("--dtype", default="auto", choices=DTYPES)
+    analyze.add_argument(
+        "--players",
+        default="blocks",
+        choices=PLAYER_KINDS,
+        help="blocks: whole layers; sub-blocks: attention and MLP of each",
+    )
     analyze.add_argument("--text", default="bundled", help="bundled, a file, or a Hub data set")
     analyze.add_argument("--blocks", type=int, default=10, help="calibration blocks")
     analyze.add_argument("--block-length", type=int, default=128, help="tokens per block")
@@ -67,7 +75,7 @@ def _analyze(options: argparse.Namespace) -> None:
     keep_freed_memory()
     if not options.out.parent.is_dir():
         raise LayerShapError(f"There is no folder {options.out.parent} to write the study to.")
-    model = load_model(
+    model = load_pruned(
         options.model,
         revision=options.revision,
         device=options.device,
@@ -82,8 +90,9 @@ def _analyze(options: argparse.Namespace) -> None:
         held_out_blocks=options.held_out_blocks,
         seed=options.seed,
     )
+    game = LayerGame(model, text.calibration, players=options.players)
     settings = (
-        AnalysisSettings.published(model.n_layers)
+        AnalysisSettings.published(game.n_players)
         if options.published
         else AnalysisSettings(
             evaluations=options.evaluations,
@@ -93,8 +102,9 @@ def _analyze(options: argparse.Namespace) -> None:
             surrogate=options.surrogate,
         )
     )
-    analysis = _measure(LayerGame(model, text.calibration), settings)
-    study = Study(analysis, model.info, TextInfo.of(text))
+    analysis = _measure(game, settings)
+    parameters = model.player_parameters(options.players)
+    study = Study(analysis, model.info, TextInfo.of(text), player_parameters=parameters)
     options.out.write_text(study.to_json(), encoding="utf-8")
     print(analysis.verdict())
     print(f"Study of {len(analysis.masks)} masks written to {options.out}")

@@ -109,6 +109,48 @@ def test_the_whole_path_from_loading_to_a_saved_cut(loaded, cache):
     assert "exists already" in said(loaded.predict(name="cut-1", api_name="/save"))
 
 
+def test_attention_and_mlp_are_dropped_apart(visitor, tiny_folder, text_file, tmp_path, address):
+    assert "Ready" in said(load(visitor, tiny_folder, text_file, players="sub-blocks"))
+    analyse(visitor)
+    chosen = visitor.predict(text="1a, 3 5M", api_name="/select")
+    assert chosen[0] == "1a, 3, 5m"
+    assert "predicted calibration perplexity" in chosen[1]
+    assert "whole layers only" in chosen[2]
+    assert "Measured" in said(visitor.predict(text=chosen[0], api_name="/compare"))
+    _, status = visitor.predict(first="2a", second="2m", api_name="/pair")
+    assert "Layers 2a and 2m" in said(status)
+    assert "one part" in said(visitor.predict(first="2", second="2m", api_name="/pair"))
+    names = ["LayerShap parts, by cache", "Leave one out", "Ascending contribution"]
+    result = visitor.predict(methods=names, deepest=2, axis="key/value cache", api_name="/methods")
+    assert "Done: 3 methods" in said(result)
+    taken = visitor.predict(method=names[0], dropped=2, api_name="/take_set")
+    assert [part[-1] for part in taken[0].split(", ")] == ["a", "a"]
+    where = said(visitor.predict(name="parts", api_name="/save")).removeprefix("Saved in ")
+    assert json.loads((Path(where) / "layershap.json").read_text())["dropped_layers"] == []
+    study = visitor.predict(api_name="/export")[2]
+    kept = shutil.copy(study["value"], tmp_path / "parts.json")
+    other = Client(address, verbose=False)
+    assert said(other.predict(path=handle_file(str(kept)), api_name="/open_study"))
+    assert other.predict(text="1a, 3", api_name="/select")[0] == "1a, 3"
+
+
+def test_the_best_set_for_a_target_is_found_and_selected(loaded):
+    found = loaded.predict(
+        rise=None, saved=20, resource="parameters", keep="0, 7", api_name="/find"
+    )
+    dropped = {int(layer) for layer in found[0].split(",")}
+    assert len(dropped) >= 2
+    assert not dropped & {0, 7}
+    assert re.search(r"held-out perplexity .* → .* measured", said(found))
+    for wrong, words in (
+        ({"rise": None, "saved": None}, "Set a target"),
+        ({"rise": 10, "saved": 99}, "choose more than 0 %"),
+        ({"rise": 10, "saved": None, "keep": "x"}, "whole numbers"),
+    ):
+        asked = {"resource": "parameters", "keep": "", **wrong}
+        assert words in said(loaded.predict(**asked, api_name="/find"))
+
+
 def test_downloads_carry_what_made_them_and_a_study_opens_without_the_model(
     loaded, address, tmp_path
 ):

@@ -99,7 +99,8 @@ class MethodsView:
 
 def methods_view() -> MethodsView:
     """Lay out the tab."""
-    choices = list(available(Players("blocks", 1)))
+    # Every method is offered to the API; what the page offers follows from the players loaded.
+    choices = list(available(Players("sub-blocks", 1)))
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=340):
             methods = gr.CheckboxGroup(
