@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from conftest import WORDS
+from core.__main__ import main
 from core.cache import EvaluationCache
 from core.errors import LayerShapError
 from core.evaluation import Evaluator
@@ -19,6 +21,7 @@ from core.models import describe
 from core.players import Players, players_of_mask
 from core.pruning import continue_prompt, load_pruned, mergekit_yaml, prune, save_pruned
 from core.resources import Resources, measure_resources
+from core.study import Study
 from tiny_models import FAMILIES, VOCABULARY, tiny
 
 LAYERS = 4
@@ -209,6 +212,22 @@ def test_a_model_without_a_cache_saves_none_of_it(tiny_llama):
     none = Resources(players, np.ones(6) / 6, np.zeros(6), np.ones(6) / 6)
     assert none.saved("cache", (0, 1)) == 0
     assert not none.worth("cache").any()
+
+
+def test_the_command_line_analyses_parts(tiny_folder, isolated_cache, tmp_path):
+    text, out = tmp_path / "words.txt", tmp_path / "study.json"
+    text.write_text(" ".join(np.random.default_rng(0).choice(WORDS, 800)))
+    arguments = ["--model", str(tiny_folder), "--players", "sub-blocks", "--text", str(text)]
+    arguments += ["--blocks", "2", "--block-length", "16", "--evaluations", "24"]
+    assert main(["analyze", *arguments, "--out", str(out)]) == 0
+    study = Study.from_json(out.read_text())
+    assert study.analysis.n_players == 16
+    frame = study.contributions_frame()
+    assert frame["part"].tolist()[:2] == ["attention", "MLP"]
+    model = load_pruned(str(tiny_folder))
+    assert tuple(frame["parameters"]) == model.player_parameters("sub-blocks")
+    assert study.interactions_frame()["part_j"].iloc[0] == "0m"
+    assert Study.from_json(study.to_json()).to_json() == study.to_json()
 
 
 @pytest.mark.bundled
