@@ -43,9 +43,9 @@ def main() -> None:
     text = load_text(
         "bundled",
         model.tokenizer,
-        blocks=options.splits * blocks,
+        blocks=options.of_splits * blocks,
         block_length=options.length,
-        held_out_blocks=options.splits * options.held_out,
+        held_out_blocks=options.of_splits * options.held_out,
     )
     cache = EvaluationCache(options.cache)
     rows = []
@@ -72,7 +72,8 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="bundled")
-    parser.add_argument("--splits", type=int, default=5)
+    parser.add_argument("--splits", type=int, default=5, help="how many of them to run")
+    parser.add_argument("--of-splits", type=int, default=5, help="that the text is cut for")
     parser.add_argument("--blocks", type=int, default=10)
     parser.add_argument("--held-out-blocks", dest="held_out", type=int, help="as --blocks")
     parser.add_argument("--block-length", dest="length", type=int, default=128)
@@ -82,6 +83,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cache", default=None, help="folder; by default the user's")
     options = parser.parse_args()
     options.held_out = options.held_out or options.blocks
+    options.of_splits = max(options.of_splits, options.splits)
     return options
 
 
