@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
@@ -29,6 +30,7 @@ from core.pruning import prune
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
 
 # Tasks offered by name: lm-eval's name, and how the task is known.
 OFFERED = {
@@ -40,6 +42,9 @@ OFFERED = {
     "boolq": "BoolQ",
     "openbookqa": "OpenBookQA",
 }
+# Where lm-eval keeps them: reading these folders takes a moment, reading all of its files half a
+# minute.
+OFFERED_FOLDERS = ("piqa", "hellaswag", "winogrande", "arc", "super_glue/boolq", "openbookqa")
 # Length-normalised accuracy first, as published tables give it where a task has it.
 METRICS = ("acc_norm", "acc")
 DEFAULT_QUESTIONS = 100
@@ -155,11 +160,12 @@ def compare_accuracy(
     _check(model, tasks, limit, tasks_folder)
     pruned = prune(model, keep)
     yield AccuracyProgress("Preparing the tasks")
-    index = _task_index(tasks_folder)
+    own = _own_tasks(tasks_folder) if tasks_folder else None
+    managers = {name: _manager_of(name, own) for name in tasks}
     ready: dict[str, Task] = {}
-    for name in tasks:
+    for name, manager in managers.items():
         yield AccuracyProgress(f"Reading the questions of {OFFERED.get(name, name)}")
-        ready.update(_load(index, name, seed))
+        ready.update(_load(manager, name, seed))
         if stopped():
             yield AccuracyProgress("Stopped")
             return
@@ -264,25 +270,49 @@ def _check(
         raise LayerShapError("This model has no tokenizer, so it cannot answer questions.")
 
 
-def _task_index(folder: str | Path | None) -> Any:
-    """lm-eval's index of tasks by name, with the user's own on top."""
+def _own_tasks(folder: str | Path) -> TaskManager:
+    """The user's own tasks by name."""
+    return _manager(str(Path(folder).expanduser()), include_defaults=False)
+
+
+@cache
+def _offered_tasks() -> TaskManager:
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    return _manager(*(str(root / name) for name in OFFERED_FOLDERS), include_defaults=False)
+
+
+@cache
+def _all_tasks() -> TaskManager:
+    return _manager(include_defaults=True)
+
+
+def _manager(*folders: str, include_defaults: bool) -> TaskManager:
     # Its warnings are about options that are not used here.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=str(Path(folder).expanduser()) if folder else None)
+    return TaskManager(include_path=list(folders), include_defaults=include_defaults)
 
 
-def _load(index: Any, name: str, seed: int) -> dict[str, Task]:
+def _manager_of(name: str, own: TaskManager | None) -> TaskManager:
+    """Where a task is found: among the user's own first, then where it takes least time."""
+    for manager in (lambda: own, _offered_tasks, _all_tasks):
+        found = manager()
+        if found is not None and name in found.task_index:
+            return found
+    raise LayerShapError(
+        f"lm-eval has no task {name!r}; `lm-eval ls tasks` lists all names (tasks of your own need "
+        "their folder too)."
+    )
+
+
+def _load(manager: TaskManager, name: str, seed: int) -> dict[str, Task]:
     """A task, or all tasks of a group, with their questions, by lm-eval's names."""
-    if name not in index.task_index:
-        raise LayerShapError(
-            f"lm-eval has no task {name!r}; `lm-eval ls tasks` lists all names (your own tasks "
-            "need their folder too)."
-        )
     random.seed(seed)
     try:
-        tasks = index.load([name])["tasks"]
+        tasks = manager.load([name])["tasks"]
     except Exception as error:
         raise LayerShapError(
             f"The questions of {name} could not be read ({_reason(error)}); check the connection "

@@ -155,15 +155,15 @@ def test_progress_counts_questions_and_says_how_long(model, tasks_folder):
 
 
 def test_stop_ends_within_a_batch_and_keeps_the_finished_tasks(model, tasks_folder):
-    stop = False
+    finished = []
     for step in compare_accuracy(
         model,
         leave_out(TINY_LAYERS, (1,)),
         ["tiny_plain", "tiny_norm"],
         tasks_folder=tasks_folder,
-        stop=lambda: stop,
+        stop=lambda: len(finished) > 0,
     ):
-        stop = bool(step.results)
+        finished.extend(step.results)
     assert step.stage == "Stopped"
     assert [result.task for result in step.results] == ["tiny_plain"]
     assert step.done < step.total
@@ -185,17 +185,12 @@ def test_leaving_early_leaves_no_thread_behind(model, tasks_folder):
 def test_full_answers_are_remembered_for_tasks_of_the_library(model, tasks_folder, monkeypatch):
     scored = []
 
-    def index(_):
-        from lm_eval.tasks import TaskManager
-
-        return TaskManager(include_path=str(tasks_folder), include_defaults=False)
-
     def counting(model, *rest):
         scored.append(model.n_layers)
         return real(model, *rest)
 
     real = accuracy._score
-    monkeypatch.setattr(accuracy, "_task_index", index)
+    monkeypatch.setattr(accuracy, "_offered_tasks", lambda: accuracy._own_tasks(tasks_folder))
     monkeypatch.setattr(accuracy, "_score", counting)
     monkeypatch.setattr(accuracy, "_memory", accuracy._Memory())
     for dropped in ((1,), (3,), (1,)):
@@ -231,7 +226,7 @@ def test_without_the_library_one_sentence_says_how_to_install_it(model, monkeypa
 
 
 def test_every_offered_task_exists_and_measures_accuracy():
-    index = accuracy._task_index(None).task_index
+    index = accuracy._offered_tasks().task_index
     for name in OFFERED:
         assert {"acc", "acc_norm"} & {m["metric"] for m in index[name].cfg["metric_list"]}
 
@@ -276,7 +271,7 @@ def test_the_command_line_prints_a_table_and_writes_a_file(
     ("options", "sentence"),
     [
         (["--tasks", "piqa", "--out", "/no/such/folder/x.json"], "no folder /no/such/folder"),
-        (["--tasks", "no_such_task"], "no task 'no_such_task'"),
+        (["--tasks", "piqa", "--limit", "-1"], "must be at least 1"),
         (["--tasks", "piqa", "--drop", "8"], "no layer 8"),
     ],
 )

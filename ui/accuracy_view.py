@@ -147,7 +147,7 @@ def accuracy_handler(
                 continue
             shown = time.monotonic()
             yield {status: _progress(step)}
-        yield {status: news(_summary(step, session))}
+        yield {status: news(_summary(step, session)), **view.draw(step.results)}
 
     return measure
 
