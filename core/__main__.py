@@ -198,7 +198,7 @@ def _answer(steps: Iterator[AccuracyProgress]) -> tuple[TaskAccuracy, ...]:
     step = AccuracyProgress("")
     with tqdm(unit="question", dynamic_ncols=True) as bar:
         for step in steps:
-            bar.set_description(step.stage)
+            bar.set_description(step.stage, refresh=False)
             bar.total = step.total or None
             bar.update(step.done - bar.n)
     return step.results

@@ -298,7 +298,7 @@ def test_the_dashboard_measures_the_selected_cut(loaded, tasks_folder):
     loaded.predict(text="2, 5", api_name="/select")
     asked = {"tasks": [], "others": "tiny_norm", "folder": str(tasks_folder)}
     status, figure, table = loaded.predict(questions=7, **asked, api_name="/accuracy")
-    assert said(status) == "Done: 1 task measured, with layers 2, 5 dropped."
+    assert said(status) == "Done: 1 task measured; layers dropped: 2, 5."
     assert json.loads(figure["plot"])["data"][2]["name"] == "pruned model"
     [row] = table["data"]
     assert row[:2] == ["tiny_norm", "acc_norm"]

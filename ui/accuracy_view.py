@@ -182,8 +182,9 @@ def _summary(step: AccuracyProgress, session: Session) -> str:
     count = len(step.results)
     tasks = f"{count} task{'' if count == 1 else 's'}"
     if step.stage == "Done":
-        dropped = ", ".join(map(str, session.dropped))
-        return f"Done: {tasks} measured, with {f'layers {dropped}' if dropped else 'none'} dropped."
+        layers = "layer" if len(session.dropped) == 1 else "layers"
+        dropped = ", ".join(map(str, session.dropped)) or "none"
+        return f"Done: {tasks} measured; {layers} dropped: {dropped}."
     return f"Stopped: {tasks} measured; the others were left out."
 
 

@@ -11,8 +11,8 @@ from ui.figures.style import ACCENT, QUIET, base_figure, signed
 
 HOW_TO_READ = (
     "Further right is better; whiskers are 95 % intervals, and a small upright line is what "
-    "guessing would score. Both models answer the same questions, so hover for the interval of the "
-    "change itself: it is narrower than the two whiskers suggest."
+    "guessing would score. Both models answer the same questions, so the change, in the table, is "
+    "usually surer than two separate intervals suggest."
 )
 # Standard errors to either side that hold 95 %.
 INTERVAL = 1.96
@@ -42,15 +42,25 @@ def accuracy_chart(results: Sequence[TaskAccuracy]) -> go.Figure:
         ("pruned model", ACCENT, "circle", APART),
     ):
         full = side < 0
+        values = [result.full if full else result.pruned for result in results]
+        reaches = [INTERVAL * (r.full_error if full else r.pruned_error) for r in results]
         figure.add_scatter(
             name=name,
-            x=[r.full if full else r.pruned for r in results],
+            x=values,
             y=[row + side for row in rows],
             mode="markers",
-            marker={"size": 11, "color": colour, "symbol": symbol, "line": {"width": 2}},
+            marker={
+                "size": 11,
+                "color": colour,
+                "symbol": symbol,
+                "line": {"width": 2, "color": colour},
+            },
             error_x={
                 "type": "data",
-                "array": [INTERVAL * (r.full_error if full else r.pruned_error) for r in results],
+                "symmetric": False,
+                # No share of the questions is below none or above all of them.
+                "array": [min(reach, 1 - v) for v, reach in zip(values, reaches, strict=True)],
+                "arrayminus": [min(reach, v) for v, reach in zip(values, reaches, strict=True)],
                 "thickness": 1.2,
                 "width": 4,
                 "color": colour,
