@@ -132,3 +132,14 @@ def players_of_mask(length: int, n_layers: int) -> Players:
         f"A mask of {length} players does not fit this model; it must have {n_layers}, one per "
         f"layer, or {2 * n_layers}, for attention and MLP of each."
     )
+
+
+def parse_cut(name: str, text: str, n_layers: int) -> tuple[Players, tuple[int, ...]]:
+    """What a text such as "13, 17" or "12a, 13" drops: the players it is about, and which of them.
+
+    Raises:
+        LayerShapError: it cannot be read, or names a layer that the model does not have.
+    """
+    apart = any(part[-1:].lower() in SUFFIXES for part in text.replace(",", " ").split())
+    players = Players("sub-blocks" if apart else "blocks", n_layers)
+    return players, players.parse(name, text)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from core.accuracy import TaskAccuracy
 from core.analysis import analyze
 from core.baselines import Frontier
 from core.contributions import Contributions
@@ -13,6 +14,7 @@ from core.resources import Resources
 from core.study import Comparison
 from games import with_pairs
 from ui.figures import (
+    accuracy_chart,
     agreement_heatmap,
     comparison_chart,
     contribution_bars,
@@ -199,6 +201,25 @@ def test_the_map_fills_what_each_method_drops_best_first(compared):
 def test_agreement_is_the_share_in_common(compared):
     [cells] = agreement_heatmap(compared, 3).data
     np.testing.assert_allclose(cells.z, [[1, 2 / 3], [2 / 3, 1]])
+
+
+def test_a_row_per_task_with_both_models_their_intervals_and_chance():
+    results = [
+        TaskAccuracy("piqa", "acc_norm", 0.7, 0.05, 0.6, 0.06, 0.04, 100, 0.5),
+        TaskAccuracy("mine", "acc", 0.98, 0.02, 0.9, 0.03, 0.03, 50),
+    ]
+    figure = accuracy_chart(results)
+    chance, full, pruned = figure.data
+    assert list(figure.layout.yaxis.ticktext) == ["PIQA", "mine"]
+    assert figure.layout.yaxis.range[0] > figure.layout.yaxis.range[1]
+    assert (list(chance.x), list(chance.y)) == ([0.5], [0])
+    assert (list(full.x), list(pruned.x)) == ([0.7, 0.98], [0.6, 0.9])
+    assert all(above < below for above, below in zip(full.y, pruned.y, strict=True))
+    np.testing.assert_allclose(pruned.error_x.array, [1.96 * 0.06, 1.96 * 0.03])
+    np.testing.assert_allclose(full.error_x.array[1], 0.02)
+    np.testing.assert_allclose(full.error_x.arrayminus[1], 1.96 * 0.02)
+    assert "change −10 ± 7.8 points" in pruned.text[0]
+    assert accuracy_chart([]).data[1].x == ()
 
 
 def test_an_empty_figure_says_what_to_do():

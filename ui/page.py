@@ -1,4 +1,4 @@
-"""The page: the strip above five tabs, and what each control sets off."""
+"""The page: the strip above six tabs, and what each control sets off."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import gradio as gr
 from core.analysis import AnalysisSettings
 from core.masks import default_strata
 from core.players import Players
+from ui.accuracy_view import accuracy_handler, accuracy_view
 from ui.contributions_view import contributions_view
 from ui.interactions_view import chosen_pair, interactions_view, pair_handler
 from ui.methods_view import cost_line, methods_handler, methods_view
@@ -74,6 +75,8 @@ def build(settings: AppSettings) -> gr.Blocks:
                 methods = methods_view()
             with gr.Tab("Prune and compare"):
                 pruning = prune_view()
+            with gr.Tab("Accuracy"):
+                accuracy = accuracy_view(settings)
             with gr.Tab("Study") as study_tab:
                 study = study_view(study_tab)
 
@@ -122,6 +125,7 @@ def build(settings: AppSettings) -> gr.Blocks:
         results = [*charts, pruning.predicted]
         everything = [*charts, *chosen_views]
         tried_views = [pruning.chart, pruning.tried]
+        accuracy_views = list(accuracy.draw().keys())
         methods_views = list(methods.draw(None).keys())
         methods_choices = list(methods.draw_choices(Session()).keys())
         marks = [contributions.bars, interactions.graph]
@@ -142,6 +146,7 @@ def build(settings: AppSettings) -> gr.Blocks:
                 compared: None,
                 **pruning.draw_tried((), Players("blocks", 0)),
                 **methods.draw(None),
+                **accuracy.draw(),
             },
         )
         loaded = [
@@ -155,6 +160,7 @@ def build(settings: AppSettings) -> gr.Blocks:
             compared,
             *tried_views,
             *methods_views,
+            *accuracy_views,
         ]
         for event in (
             setup.load.click(
@@ -301,6 +307,17 @@ def build(settings: AppSettings) -> gr.Blocks:
             **heavy,
         )
 
+        # Accuracy
+        accuracy.measure.click(
+            accuracy_handler(settings, accuracy, stops, status),
+            [session, selection, *accuracy.inputs],
+            [status, *accuracy_views],
+            concurrency_id=ANALYSING,
+            concurrency_limit=1,
+            api_name="accuracy",
+            **heavy,
+        )
+
         # Study
         study_files = [study.cache, study.about, *study.downloads]
         study_tab.select(
@@ -315,6 +332,7 @@ def build(settings: AppSettings) -> gr.Blocks:
                 compared: None,
                 **methods.draw(None),
                 **methods.draw_choices(opened),
+                **accuracy.draw(),
                 model_line: describe(opened),
                 strip: gr.update(value=strip_value(opened), dropped=[]),
                 **draw(opened, contributions.value.value, contributions.order.value),
@@ -338,6 +356,7 @@ def build(settings: AppSettings) -> gr.Blocks:
                 *methods_views,
                 *methods_choices,
                 *tried_views,
+                *accuracy_views,
                 *study_files,
             ],
             api_name="open_study",
