@@ -207,6 +207,12 @@ def test_layers_are_dropped_by_mouse_and_by_keyboard(page):
     expect(layer(page, LAYERS - 1)).to_be_focused()
     expect(page.locator("#predicted")).to_contain_text("predicted calibration perplexity")
     assert "dropped" in layer(page, 15).get_attribute("aria-label")
+    for number in (20, 21, 22):
+        layer(page, number).click(delay=0)
+    expect(page.locator("#dropped textarea")).to_have_value("13, 15, 20, 21, 22")
+    for number in (20, 21, 22):
+        layer(page, number).click(delay=0)
+    expect(page.locator("#dropped textarea")).to_have_value("13, 15")
 
 
 def test_a_cut_is_measured_and_listed(page):

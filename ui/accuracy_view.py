@@ -182,9 +182,8 @@ def _summary(step: AccuracyProgress, session: Session) -> str:
     count = len(step.results)
     tasks = f"{count} task{'' if count == 1 else 's'}"
     if step.stage == "Done":
-        layers = "layer" if len(session.dropped) == 1 else "layers"
-        dropped = ", ".join(map(str, session.dropped)) or "none"
-        return f"Done: {tasks} measured; {layers} dropped: {dropped}."
+        dropped = session.players.labels(session.dropped) or "none"
+        return f"Done: {tasks} measured; layers dropped: {dropped}."
     return f"Stopped: {tasks} measured; the others were left out."
 
 

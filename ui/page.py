@@ -245,7 +245,15 @@ def build(settings: AppSettings) -> gr.Blocks:
         # Prune and compare
         chosen = [selection, *chosen_views, status]
         for event in (
-            strip.select(handlers.clicked, session, chosen, queue=False, **quiet),
+            # Each click tells the whole selection: of quick ones the last must not be lost.
+            strip.select(
+                handlers.clicked,
+                session,
+                chosen,
+                queue=False,
+                trigger_mode="always_last",
+                **quiet,
+            ),
             pruning.dropped.submit(
                 handlers.typed,
                 [session, pruning.dropped],
