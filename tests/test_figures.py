@@ -28,7 +28,7 @@ from ui.figures import (
     surrogate_scatter,
 )
 from ui.figures.interactions import strongest_pairs
-from ui.figures.style import layer_ticks, number, root_scale, signed_root
+from ui.figures.style import layer_ticks, log_ticks, number, root_scale, signed_root
 
 SIX_LAYERS = Resources(Players("blocks", 6), np.full(6, 0.15), np.full(6, 1 / 6), np.full(6, 0.1))
 
@@ -224,3 +224,11 @@ def test_a_row_per_task_with_both_models_their_intervals_and_chance():
 
 def test_an_empty_figure_says_what_to_do():
     assert empty_figure("Press Analyse").layout.annotations[0].text == "Press Analyse"
+
+
+@pytest.mark.parametrize(("low", "high"), [(26.9, 33.1), (40, 600), (12, 2e6), (10, 10.4), (5, 5)])
+def test_a_logarithmic_axis_has_round_labels_wherever_it_lies(low, high):
+    ticks = log_ticks(low, high)
+    assert sum(low <= tick <= high for tick in ticks) >= (1 if low == high else 2)
+    assert len(ticks) <= 24
+    assert ticks == sorted(ticks)

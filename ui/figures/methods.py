@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from core.methods import PARTS, MethodResult, MethodsComparison
 from core.resources import RESOURCES, Resource
 from core.selection import METHOD
-from ui.figures.style import ACCENT, QUIET, base_figure, number, player_ticks
+from ui.figures.style import ACCENT, QUIET, base_figure, log_ticks, number, player_ticks
 
 CHART_HOW_TO_READ = (
     "Lower is better: perplexity on held-out text, which chose none of the sets. Hover for the set "
@@ -94,7 +94,9 @@ def methods_chart(comparison: MethodsComparison, axis: str = BY_DEPTH) -> go.Fig
         margin_t=70,
     )
     figure.update_xaxes(range=[start, end], tickformat="d" if axis == BY_DEPTH else "~g")
-    figure.update_yaxes(type="log", tickformat="~g", dtick="D2", minor={"ticks": ""})
+    shown = [value for trace in figure.data for value in trace.y if value is not None]
+    ticks = log_ticks(min(shown), max(shown))
+    figure.update_yaxes(type="log", tickformat="~g", tickvals=ticks, minor={"ticks": ""})
     return figure
 
 

@@ -6,6 +6,8 @@ without being drawn again; the greys here are what a downloaded image shows.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import ArrayLike, NDArray
@@ -86,6 +88,19 @@ def layer_ticks(n: int, most: int = 16) -> list[int]:
         if n / step <= most:
             return list(range(0, n, step))
     return list(range(0, n, max(1, n // most)))
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers to label between two values on a logarithmic axis: 1, 2, 5, 10, …, or evenly
+    spaced ones where these would be too few."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+    inside = [tick for tick in ticks if low <= tick <= high]
+    if len(inside) >= 3:
+        return inside
+    step = 10.0 ** math.floor(math.log10((high - low) / 2)) if high > low else 1.0
+    step *= max(1, round((high - low) / 4 / step))
+    return [step * place for place in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
 def signed_root(values: ArrayLike) -> NDArray[np.float64]:
