@@ -106,6 +106,11 @@ def setup_view(settings: AppSettings) -> SetupView:
                 dtype = gr.Dropdown(
                     list(DTYPES), value="auto", label="Number format", min_width=100
                 )
+            players = gr.Radio(
+                [("whole layers", "blocks"), ("attention and MLP apart", "sub-blocks")],
+                value="blocks",
+                label="What can be dropped",
+            )
         with gr.Column(min_width=300), gr.Group():
             text_from = gr.Radio(
                 [TEXT_BUNDLED, TEXT_FILE, TEXT_HUB], value=TEXT_BUNDLED, label="2 · Text"
@@ -124,11 +129,6 @@ def setup_view(settings: AppSettings) -> SetupView:
                 held_out_blocks = gr.Number(10, label="Held-out blocks", precision=0, min_width=120)
                 block_length = gr.Number(128, label="Tokens per block", precision=0, min_width=120)
                 text_seed = gr.Number(0, label="Text seed", precision=0, min_width=120)
-            players = gr.Radio(
-                [("whole layers", "blocks"), ("attention and MLP apart", "sub-blocks")],
-                value="blocks",
-                label="What can be dropped",
-            )
             load = gr.Button("Load model and text", variant="secondary")
         with gr.Column(min_width=300), gr.Group():
             preset = gr.Radio([RECOMMENDED, PUBLISHED], value=RECOMMENDED, label="3 · Analysis")
