@@ -23,6 +23,7 @@ from ui.figures import (
     interaction_graph,
     interaction_heatmap,
     methods_chart,
+    methods_cost,
     methods_map,
     pair_utilities,
     surrogate_scatter,
@@ -196,6 +197,15 @@ def test_the_map_fills_what_each_method_drops_best_first(compared):
     [cells] = methods_map(compared, 2).data
     assert [name.split(" (")[0] for name in cells.y] == ["LayerShap search", "Leave one out"]
     assert cells.z.tolist() == [[0, 1, 0, 0, 1, 0], [0, 0, 1, 0, 1, 0]]
+
+
+def test_each_method_stands_where_its_cost_and_its_choice_put_it(compared):
+    ours, other = sorted(methods_cost(compared, 2).data, key=lambda trace: trace.y[0])
+    assert ours.name == "LayerShap search"
+    assert (other.x[0], ours.x[0]) == (6, 30)
+    np.testing.assert_allclose(ours.y[0], np.exp(compared.results[1].held_out[1]))
+    # A set whose loss is not finite has no place.
+    assert [trace.name for trace in methods_cost(compared, 3).data] == ["Leave one out"]
 
 
 def test_agreement_is_the_share_in_common(compared):

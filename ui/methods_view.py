@@ -20,12 +20,19 @@ from core.methods import (
 )
 from core.players import Players
 from core.selection import METHOD
-from ui.figures import agreement_heatmap, empty_figure, methods_chart, methods_map
+from ui.figures import (
+    agreement_heatmap,
+    empty_figure,
+    methods_chart,
+    methods_cost,
+    methods_map,
+)
 from ui.figures.methods import (
     AGREEMENT_HOW_TO_READ,
     AXES,
     BY_DEPTH,
     CHART_HOW_TO_READ,
+    COST_HOW_TO_READ,
     MAP_HOW_TO_READ,
 )
 from ui.parts import read_line
@@ -50,6 +57,7 @@ class MethodsView:
     shown: gr.Slider
     method: gr.Dropdown
     take: gr.Button
+    spent: gr.Plot
     map: gr.Plot
     agreement: gr.Plot
 
@@ -58,6 +66,7 @@ class MethodsView:
         if comparison is None or not comparison.results:
             return {
                 self.chart: empty_figure(NOTHING_YET),
+                self.spent: empty_figure(NOT_COMPARED),
                 self.map: empty_figure(NOT_COMPARED),
                 self.agreement: empty_figure(NOT_COMPARED),
                 self.method: gr.update(choices=[], value=None),
@@ -89,9 +98,10 @@ class MethodsView:
     def draw_depth(self, comparison: MethodsComparison | None, dropped: float) -> dict[Any, Any]:
         """Updates of the charts that are about one number of dropped layers."""
         if comparison is None or not comparison.results:
-            return {self.map: gr.skip(), self.agreement: gr.skip()}
+            return {self.spent: gr.skip(), self.map: gr.skip(), self.agreement: gr.skip()}
         depth = min(max(1, int(dropped or 1)), comparison.deepest)
         return {
+            self.spent: methods_cost(comparison, depth),
             self.map: methods_map(comparison, depth),
             self.agreement: agreement_heatmap(comparison, depth),
         }
@@ -140,8 +150,11 @@ def methods_view() -> MethodsView:
                 empty_figure(NOT_COMPARED), show_label=False, elem_id="methods-agreement"
             )
             read_line(AGREEMENT_HOW_TO_READ)
+    gr.Markdown("### What each choice took")
+    spent = gr.Plot(empty_figure(NOT_COMPARED), show_label=False, elem_id="methods-spent")
+    read_line(COST_HOW_TO_READ)
     return MethodsView(
-        methods, deepest, compare, price, axis, chart, shown, method, take, layers, agreement
+        methods, deepest, compare, price, axis, chart, shown, method, take, spent, layers, agreement
     )
 
 

@@ -233,7 +233,7 @@ def build(settings: AppSettings) -> gr.Blocks:
         methods.shown.change(
             methods.draw_depth,
             [compared, methods.shown],
-            [methods.map, methods.agreement],
+            [methods.spent, methods.map, methods.agreement],
             **quiet,
         )
         methods.axis.change(methods.draw_axis, [compared, methods.axis], methods.chart, **quiet)

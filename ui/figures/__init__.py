@@ -4,7 +4,7 @@ from ui.figures.accuracy import accuracy_chart
 from ui.figures.comparisons import comparison_chart
 from ui.figures.contributions import contribution_bars, contribution_heatmap, surrogate_scatter
 from ui.figures.interactions import interaction_graph, interaction_heatmap, pair_utilities
-from ui.figures.methods import agreement_heatmap, methods_chart, methods_map
+from ui.figures.methods import agreement_heatmap, methods_chart, methods_cost, methods_map
 from ui.figures.style import empty_figure
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "interaction_graph",
     "interaction_heatmap",
     "methods_chart",
+    "methods_cost",
     "methods_map",
     "pair_utilities",
     "surrogate_scatter",

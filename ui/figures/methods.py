@@ -21,6 +21,9 @@ MAP_HOW_TO_READ = (
     "One row per method, best first: filled squares are what it drops; of attention and MLP apart, "
     "a is attention and m the MLP."
 )
+COST_HOW_TO_READ = (
+    "Down and to the left is better: a lower perplexity for fewer evaluations of the model."
+)
 AGREEMENT_HOW_TO_READ = "The share of what they drop that two methods have in common."
 # What the depth of a cut can be measured by: axis title, and how a saved share is shown.
 AXES: dict[str, tuple[str, Callable[[float], float]]] = {
@@ -38,6 +41,9 @@ RESOURCE_OF: dict[str, Resource] = {
 # Apart for every common colour blindness (Okabe and Ito), and again by their symbols.
 COLOURS = ("#c2570c", "#009e73", "#a6559d", "#b8860b", "#56b4e9", "#7a5195", "#8c564b", "#8b93a1")
 SYMBOLS = ("square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star", "pentagon")
+# Methods that evaluate nothing stand at the left end of the logarithmic axis.
+NO_EVALUATIONS = 0.5
+EVALUATION_TICKS = (NO_EVALUATIONS, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
 DASHES = {"parameters": "dash", "cache": "dot", "time": "dashdot"}
 ROW_PIXELS, MARGIN_PIXELS = 26, 90
 
@@ -132,6 +138,53 @@ def methods_map(comparison: MethodsComparison, dropped: int) -> go.Figure:
     )
     figure.update_xaxes(**player_ticks(players), showgrid=False)
     figure.update_yaxes(autorange="reversed", showgrid=False)
+    return figure
+
+
+def methods_cost(comparison: MethodsComparison, dropped: int) -> go.Figure:
+    """Held-out perplexity at one depth against the model evaluations spent, both logarithmic."""
+    figure = base_figure(
+        height=300,
+        title_x="model evaluations spent on choosing",
+        title_y="held-out perplexity (log scale)",
+    )
+    shown = []
+    for result in _ranked(comparison, dropped):
+        loss = result.held_out[dropped - 1]
+        if not np.isfinite(loss):
+            continue
+        spent = result.frontier.evaluations[dropped - 1]
+        shown.append(float(np.exp(loss)))
+        figure.add_scatter(
+            name=result.frontier.method,
+            x=[max(spent, NO_EVALUATIONS)],
+            y=[shown[-1]],
+            mode="markers+text",
+            text=[result.frontier.method],
+            textposition="top center",
+            cliponaxis=False,
+            marker={"size": 11, "color": ACCENT if _is_ours(result) else QUIET},
+            hovertext=[_hover(comparison, result, dropped)],
+            hovertemplate="%{hovertext}<extra></extra>",
+        )
+    figure.update_xaxes(
+        type="log",
+        range=[np.log10(NO_EVALUATIONS / 2), 3.3],
+        tickvals=EVALUATION_TICKS,
+        ticktext=["0", *(f"{tick:,}" for tick in EVALUATION_TICKS[1:])],
+        minor={"ticks": ""},
+    )
+    if shown:
+        low, high = np.log10(min(shown)), np.log10(max(shown))
+        room = 0.12 * (high - low) + 0.01
+        figure.update_yaxes(
+            type="log",
+            tickformat="~g",
+            range=[low - room, high + 2 * room],
+            tickvals=log_ticks(min(shown), max(shown)),
+            minor={"ticks": ""},
+        )
+    figure.update_layout(margin_t=24)
     return figure
 
 
