@@ -11,9 +11,10 @@ from core.cache import EvaluationCache
 from core.errors import LayerShapError
 from core.game import LayerGame
 from core.masks import leave_out
-from core.methods import CONTRIBUTIONS, compare_methods
+from core.methods import CONTRIBUTIONS, compare_methods, search_parts
 from core.models import describe
 from core.players import Players
+from core.resources import RESOURCES, Resources
 from core.selection import METHOD, Kernel, SetProcess, greedy_evaluations, search
 from games import TableGame, rugged_game, with_pairs
 from tiny_models import tiny
@@ -245,3 +246,69 @@ def test_a_stopped_comparison_keeps_the_methods_that_finished(layer_game, other_
 def test_comparisons_that_cannot_be_made_say_why(layer_game, names, deepest, words):
     with pytest.raises(LayerShapError, match=words):
         finished(layer_game, layer_game, names, deepest)
+
+
+@pytest.fixture
+def parts_game(layer_game):
+    return LayerGame(layer_game.model, layer_game.tokens, layer_game.cache, players="sub-blocks")
+
+
+@pytest.fixture
+def savings(parts_game):
+    players = parts_game.players
+    parameters = np.array(parts_game.model.player_parameters("sub-blocks"), dtype=float)
+    return Resources(
+        players,
+        parameters / parts_game.model.info.parameters,
+        np.tile([1 / 7, 0.0], 7),
+        np.tile([0.05, 0.06], 7),
+    )
+
+
+@pytest.mark.parametrize("resource", RESOURCES)
+def test_parts_save_as_much_as_so_many_layers_and_cost_no_more(parts_game, savings, resource):
+    found, _ = finish(search_parts(parts_game, 3, savings, resource))
+    [*_, layers], _ = finish(search(parts_game.whole_layers, 3))
+    worth = savings.worth(resource)
+    for depth, (dropped, whole) in enumerate(zip(found.sets, layers.sets, strict=True), 1):
+        assert worth[list(dropped)].sum() >= depth - 0.05
+        if resource != "cache":
+            assert loss_of(parts_game, dropped) <= loss_of(parts_game.whole_layers, whole)
+    if resource == "cache":
+        assert all(player % 2 == 0 for dropped in found.sets for player in dropped)
+
+
+def test_methods_of_whole_layers_choose_among_parts_too(parts_game, other_game, savings):
+    judge = LayerGame(other_game.model, other_game.tokens, other_game.cache, players="sub-blocks")
+    names = ["Leave one out", CONTRIBUTIONS]
+    contributions = (np.arange(14), 40)
+    *_, last = finished(parts_game, judge, names, 2, contributions=contributions, resources=savings)
+    alone, ascending = last.comparison.results
+    [layer] = finish(baselines.leave_one_out(parts_game.whole_layers, 1))[0].sets[0]
+    assert alone.frontier.sets[0] == (2 * layer, 2 * layer + 1)
+    saved = savings.worth("parameters")
+    for depth, dropped in enumerate(ascending.frontier.sets, 1):
+        assert dropped == tuple(range(len(dropped)))
+        assert saved[list(dropped)].sum() >= depth - 0.05
+        assert saved[list(dropped[:-1])].sum() < depth
+    assert last.comparison.agreement(2).shape == (2, 2)
+    with pytest.raises(LayerShapError, match="choose them in Set-up"):
+        finished(other_game, other_game, ["LayerShap parts, by cache"], 2)
+
+
+def test_players_to_keep_are_kept_and_too_many_are_refused():
+    game = rugged_game(5, N)
+    [*_, free], _ = finish(search(game, 3))
+    [*_, found], _ = finish(search(game, 3, keep=free.sets[2]))
+    assert not set(free.sets[2]) & {p for dropped in found.sets for p in dropped}
+    with pytest.raises(LayerShapError, match="must be from 1 to 2"):
+        finish(search(game, 3, keep=range(N - 2)))
+    with pytest.raises(LayerShapError, match="Too much is to be kept"):
+        finish(search(game, 3, keep=range(N)))
+
+
+def test_sets_measured_first_are_among_the_choices():
+    game = rugged_game(6, N)
+    best = min(itertools.combinations(range(N), 3), key=lambda s: loss_of(game, s))
+    [*_, found], _ = finish(search(game, 3, budget=N + 1, first=[best]))
+    assert found.sets[2] == best
