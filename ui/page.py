@@ -1,4 +1,4 @@
-"""The page: the strip above five tabs, and what each control sets off."""
+"""The page: the strip above six tabs, and what each control sets off."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import gradio as gr
 from core.analysis import AnalysisSettings
 from core.masks import default_strata
 from ui.contributions_view import contributions_view
+from ui.heal_view import KEPT_SECONDS, HealHandlers, heal_view
 from ui.interactions_view import chosen_pair, interactions_view, pair_handler
 from ui.methods_view import cost_line, methods_handler, methods_view
 from ui.prune_view import PruneHandlers, prune_view
@@ -43,6 +44,7 @@ def build(settings: AppSettings) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         session = gr.State(Session())
         selection, tried, compared = gr.State(()), gr.State(()), gr.State(None)
+        healed = gr.State(None, time_to_live=KEPT_SECONDS)
         gr.HTML(HEAD)
         model_line = gr.HTML(describe(Session()), elem_id="model-line")
         with gr.Accordion("Set-up: model, text and analysis settings", open=False):
@@ -73,6 +75,8 @@ def build(settings: AppSettings) -> gr.Blocks:
                 methods = methods_view()
             with gr.Tab("Prune and compare"):
                 pruning = prune_view()
+            with gr.Tab("Heal and share"):
+                healing = heal_view(settings)
             with gr.Tab("Study") as study_tab:
                 study = study_view(study_tab)
 
@@ -123,6 +127,7 @@ def build(settings: AppSettings) -> gr.Blocks:
         everything = [*charts, *chosen_views]
         tried_views = [pruning.chart, pruning.tried]
         methods_views = list(methods.draw(None).keys())
+        healing_views = list(healing.draw_nothing().keys())
         marks = [contributions.bars, interactions.graph]
         handlers = PruneHandlers(pruning, stops, selection, tried, status, strip)
 
@@ -139,8 +144,10 @@ def build(settings: AppSettings) -> gr.Blocks:
                 selection: (),
                 tried: (),
                 compared: None,
+                healed: None,
                 **pruning.draw_tried(()),
                 **methods.draw(None),
+                **healing.draw_nothing(),
             },
         )
         loaded = [
@@ -152,8 +159,10 @@ def build(settings: AppSettings) -> gr.Blocks:
             selection,
             tried,
             compared,
+            healed,
             *tried_views,
             *methods_views,
+            *healing_views,
         ]
         for event in (
             setup.load.click(
@@ -280,13 +289,43 @@ def build(settings: AppSettings) -> gr.Blocks:
         )
         pruning.save.click(
             handlers.save,
-            [session, selection, pruning.name],
+            [session, selection, pruning.name, tried],
             status,
             concurrency_id=MEASURING,
             concurrency_limit=1,
             api_name="save",
             **heavy,
         )
+
+        # Heal and share
+        heal_handlers = HealHandlers(healing, settings, stops, healed, status)
+        healing.heal.click(
+            heal_handlers.heal,
+            [session, selection, healing.steps, healing.rank, healing.learning_rate],
+            [healed, status, *healing_views],
+            concurrency_id=ANALYSING,
+            concurrency_limit=1,
+            api_name="heal",
+            **heavy,
+        )
+        for button, handler, inputs, name in (
+            (healing.save, heal_handlers.save, [healed, healing.name], "save_healed"),
+            (
+                healing.push,
+                heal_handlers.push,
+                [healing.name, healing.repo, healing.private],
+                "push",
+            ),
+        ):
+            button.click(
+                handler,
+                inputs,
+                status,
+                concurrency_id=MEASURING,
+                concurrency_limit=1,
+                api_name=name,
+                **heavy,
+            )
 
         # Study
         study_files = [study.cache, study.about, *study.downloads]
@@ -300,7 +339,9 @@ def build(settings: AppSettings) -> gr.Blocks:
                 selection: (),
                 tried: opened.comparisons,
                 compared: None,
+                healed: None,
                 **methods.draw(None),
+                **healing.draw_nothing(),
                 model_line: describe(opened),
                 strip: gr.update(value=strip_value(opened), dropped=[]),
                 **draw(opened, contributions.value.value, contributions.order.value),
@@ -317,11 +358,13 @@ def build(settings: AppSettings) -> gr.Blocks:
                 selection,
                 tried,
                 compared,
+                healed,
                 status,
                 model_line,
                 strip,
                 *everything,
                 *methods_views,
+                *healing_views,
                 *tried_views,
                 *study_files,
             ],
