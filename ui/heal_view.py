@@ -90,9 +90,7 @@ def heal_view(settings: AppSettings) -> HealView:
             gr.Markdown("### Heal the pruned model")
             read_line(WHAT_IT_IS)
             steps = gr.Slider(10, MOST_STEPS, value=defaults.steps, step=10, label="Steps")
-            rank = gr.Slider(
-                1, MOST_RANK, value=defaults.rank, step=1, label="Rank of the adapters"
-            )
+            rank = gr.Slider(1, MOST_RANK, value=defaults.rank, step=1, label="Adapter rank")
             learning_rate = gr.Number(
                 defaults.learning_rate, label="Learning rate", elem_id="learning-rate"
             )
@@ -252,10 +250,10 @@ def _reading(held_out: Perplexities, pruned: LayeredModel) -> str:
 def _settings(steps: float, rank: float, learning_rate: float | None) -> HealingSettings:
     chosen = HealingSettings(
         steps=whole("Steps", steps),
-        rank=whole("Rank of the adapters", rank),
+        rank=whole("Adapter rank", rank),
         learning_rate=float(learning_rate or 0),
     )
-    for name, value, most in (("Steps", steps, MOST_STEPS), ("Rank", rank, MOST_RANK)):
+    for name, value, most in (("Steps", steps, MOST_STEPS), ("Adapter rank", rank, MOST_RANK)):
         if value > most:
             raise LayerShapError(f"{name} is {int(value)}; this dashboard allows at most {most}.")
     return chosen
