@@ -291,10 +291,7 @@ class _Trainer:
         self._validation, self.training = text[order[:apart]], text[order[apart:]]
         self._queue: list[int] = []
         # Not `copy_sharing_weights`: merging writes into the weights.
-        module = deepcopy(model.module)
-        if model.module.dtype == torch.float16:
-            # Gradients of half-precision weights would vanish.
-            module = module.float()
+        module = deepcopy(model.module).to(_training_dtype(model))
         self._adapted = _with_adapters(module, model.stack.path, settings.rank, self._random)
         self._weights = [p for p in self._adapted.parameters() if p.requires_grad]
         self._optimiser = torch.optim.AdamW(self._weights, weight_decay=0.0)
@@ -409,6 +406,13 @@ def _with_adapters(module: Any, path: str, rank: int, random: torch.Generator) -
             nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=random)
             weight.data.copy_(values)
     return adapted
+
+
+def _training_dtype(model: LayeredModel) -> torch.dtype:
+    """bfloat16 stays on a GPU; on a CPU its backward pass takes fifty times that of float32, and
+    float16 gradients vanish."""
+    kept = model.module.dtype == torch.bfloat16 and model.device.type == "cuda"
+    return torch.bfloat16 if kept else torch.float32
 
 
 def _peft() -> Any:

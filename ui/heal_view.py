@@ -178,8 +178,7 @@ class HealHandlers:
                 updates[view.chart] = healing_curve(step.curve, settings.steps)
             if updates or now - shown > REFRESH_SECONDS:
                 shown = now
-                yield {**updates, self._status: _progress(step)}
-        yield {self._status: news(_summary(step))}
+                yield {**updates, self._status: _status(step)}
 
     def _save(self, healed: Healed | None, name: str) -> Iterator[dict]:
         if healed is None:
@@ -248,18 +247,16 @@ def _reading(held_out: Perplexities, pruned: LayeredModel) -> str:
 
 
 def _settings(steps: float, rank: float, learning_rate: float | None) -> HealingSettings:
-    chosen = HealingSettings(
+    return HealingSettings(
         steps=whole("Steps", steps),
         rank=whole("Adapter rank", rank),
         learning_rate=float(learning_rate or 0),
     )
-    for name, value, most in (("Steps", steps, MOST_STEPS), ("Adapter rank", rank, MOST_RANK)):
-        if value > most:
-            raise LayerShapError(f"{name} is {int(value)}; this dashboard allows at most {most}.")
-    return chosen
 
 
-def _progress(step: HealingProgress) -> str:
+def _status(step: HealingProgress) -> str:
+    if step.healing is not None:
+        return news(_summary(step, step.healing))
     if step.done == 0 and not step.curve.validations:
         return progress_bar(step.stage, None)
     left = f", about {duration(step.seconds_left)} left" if step.seconds_left else ""
@@ -268,9 +265,7 @@ def _progress(step: HealingProgress) -> str:
     )
 
 
-def _summary(step: HealingProgress) -> str:
-    healing = step.healing
-    assert healing is not None
+def _summary(step: HealingProgress, healing: Healing) -> str:
     after = {
         STOPPED: f"Stopped after {step.done} of {step.total} steps: ",
         DIVERGED: f"The loss ceased to be finite after {step.done} steps; try a smaller learning "
