@@ -62,7 +62,7 @@ class HealingSettings:
 
     steps: int = 100
     rank: int = 16
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     batch_blocks: int = 4
     seed: int = 0
 
