@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from core.blocks import PROBE_TOKENS, BlockStack, copy_sharing_weights
+from core.card import CARD_FILE, Measured, model_card, origin
 from core.errors import LayerShapError
 from core.evaluation import Evaluator
 from core.game import check_masks
@@ -134,11 +135,40 @@ def save_pruned(
     keep: ArrayLike,
     folder: str | Path,
     progress: Callable[[str, float | None], None] | None = None,
+    measured: Measured | None = None,
 ) -> Path:
-    """Write the pruned model, its tokenizer and the cut to a new folder.
+    """Write the pruned model, its tokenizer, the cut and a model card to a new folder.
 
     Plain `AutoModelForCausalLM.from_pretrained(folder)` loads it; `load_pruned(folder)` also skips
     branches that were dropped alone. The folder appears at once when it is whole.
+
+    Args:
+        measured: what the card may say of this cut.
+
+    Raises:
+        LayerShapError: the folder exists and is not empty, or cannot be written.
+    """
+    pruned = prune(model, keep)
+    whole = _Cut.of(model, keep).whole
+    recipe = mergekit_yaml(model.info, keep, origin(model).location) if whole else None
+    card = model_card(
+        model,
+        pruned,
+        _one_mask(keep, model.n_layers),
+        measured=measured,
+        recipe=recipe,
+    )
+    return write_model(pruned, folder, provenance(model, keep), card, progress)
+
+
+def write_model(
+    model: LayeredModel,
+    folder: str | Path,
+    made_by: Mapping[str, Any],
+    card: str,
+    progress: Callable[[str, float | None], None] | None = None,
+) -> Path:
+    """Write a model that is already pruned, its tokenizer, provenance and card to a new folder.
 
     Raises:
         LayerShapError: the folder exists and is not empty, or cannot be written.
@@ -147,25 +177,24 @@ def save_pruned(
     report = progress or (lambda stage, fraction: None)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LayerShapError(f"{folder} exists already; choose another name.")
-    pruned = prune(model, keep)
-    report("Writing the pruned model", None)
+    report("Writing the model", None)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
             made = Path(scratch) / "model"
-            _neutral(pruned.module).save_pretrained(made)
-            if pruned.tokenizer is not None:
-                pruned.tokenizer.save_pretrained(made)
-            provenance = json.dumps(_provenance(model, keep), indent=1)
-            (made / PROVENANCE_FILE).write_text(provenance, encoding="utf-8")
+            _neutral(model.module).save_pretrained(made)
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(made)
+            (made / PROVENANCE_FILE).write_text(json.dumps(made_by, indent=1), encoding="utf-8")
+            (made / CARD_FILE).write_text(card, encoding="utf-8")
             if folder.exists():
                 folder.rmdir()
             shutil.move(made, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise LayerShapError(
-            f"The pruned model could not be written to {folder} ({reason}); free some space or "
-            "choose another place."
+            f"The model could not be written to {folder} ({reason}); free some space or choose "
+            "another place."
         ) from error
     report("Saved", 1.0)
     return folder
@@ -503,21 +532,22 @@ def _in_two_parts(module: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat([begun.logits, rest.logits], dim=1).float()
 
 
-def _provenance(model: LayeredModel, keep: ArrayLike) -> dict[str, Any]:
+def provenance(model: LayeredModel, keep: ArrayLike) -> dict[str, Any]:
+    """What a cut was made of; a local model goes by its name, for the file may be shared."""
     cut = _Cut.of(model, keep)
     gone = [layer for layer in range(model.n_layers) if layer not in cut.layers]
-    provenance = {
-        "source": model.info.source or model.info.name,
+    made_of = {
+        "source": origin(model).name,
         "revision": model.info.revision,
         "source_fingerprint": model.info.fingerprint,
         "source_layers": model.n_layers,
         "dropped_layers": gone,
     }
     if cut.whole:
-        return provenance
+        return made_of
     kept = np.array(cut.layers)
     return {
-        **provenance,
+        **made_of,
         **{
             f"dropped_{BRANCH_NAMES[branch].lower()}": kept[cut.skipping(branch)].tolist()
             for branch in (ATTENTION, MLP)

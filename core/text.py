@@ -102,6 +102,41 @@ def load_text(
     return TextBlocks(calibration, held_out, name)
 
 
+def training_blocks(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    count: int,
+    *,
+    block_length: int = 128,
+    seed: int = 0,
+) -> LongTensor:
+    """More blocks to train on, from the documents of the calibration side alone.
+
+    The sides are those of `load_text` with the same source and seed, so that no document with a
+    held-out block is among them. Blocks are spread over all passages of the side and never overlap.
+
+    Returns:
+        LongTensor [m, block_length]; m < count only where the side holds fewer.
+
+    Raises:
+        LayerShapError: the text cannot be read or holds no block, or a number is out of range.
+    """
+    _check_numbers(count, block_length, count, seed)
+    if tokenizer is None:
+        raise LayerShapError("Text needs the model's tokenizer; load a model that has one.")
+    _, documents = _read(str(source).strip())
+    rng = random.Random(seed)
+    side, _ = _two_sides(documents, rng)
+    passages = sum(len(range(0, len(document), PASSAGE_CHARACTERS)) for document in side)
+    found, tokens = _draw(side, tokenizer, count, block_length, rng, each=-(-count // passages))
+    if not found:
+        raise LayerShapError(
+            f"The text is too short to train on: its calibration side has {tokens} tokens, less "
+            f"than one block of {block_length}; give more text, or shorter blocks."
+        )
+    return torch.tensor(found, dtype=torch.long)
+
+
 def _check_numbers(blocks: int, block_length: int, held_out_blocks: int, seed: int) -> None:
     numbers = {
         "blocks": blocks,
@@ -255,8 +290,9 @@ def _draw(
     count: int,
     length: int,
     rng: random.Random,
+    each: int = 1,
 ) -> tuple[list[list[int]], int]:
-    """Up to `count` blocks, and how many tokens were looked at."""
+    """Up to `count` blocks, at first `each` of a passage; and how many tokens were looked at."""
     start_token = _start_token(tokenizer)
     body = length - len(start_token)
     found: list[list[int]] = []
@@ -265,7 +301,9 @@ def _draw(
     for passage in _passages(documents, rng):
         ids = tokenizer(passage, add_special_tokens=False, verbose=False)["input_ids"]
         seen += len(ids)
-        if len(ids) >= body:
+        for _ in range(each):
+            if len(ids) < body:
+                break
             start = rng.randrange(len(ids) - body + 1)
             found.append(start_token + ids[start : start + body])
             ids = ids[:start] + ids[start + body :]

@@ -243,6 +243,28 @@ def test_the_saved_cut_loads_in_a_fresh_process(page, cache):
     assert output.split() == ["27", "5"]
 
 
+def test_the_cut_is_healed_and_saved(page, cache):
+    tab(page, "Heal and share")
+    page.get_by_label("number input for Steps").fill("10")
+    page.locator("#heal").click()
+    expect(page.locator("#status")).to_contain_text("of 10 steps", timeout=MEASURE_MS)
+    expect(page.locator("#status")).to_contain_text("Healed in", timeout=MEASURE_MS)
+    cells = page.locator("#healed-figures tbody tr").nth(0).locator("td").all_inner_texts()
+    full, pruned, healed = map(float, cells)
+    assert full < pruned
+    assert healed < pruned
+    expect(page.locator("#healing-chart .scatterlayer .trace")).to_have_count(3)
+    page.locator("#save-healed").click()
+    expect(page.locator("#status")).to_contain_text("Saved in", timeout=MEASURE_MS)
+    folder = cache / "pruned" / "healed-model"
+    output = subprocess.run(
+        [sys.executable, "-c", RELOAD, str(folder)], capture_output=True, text=True, check=True
+    ).stdout
+    assert output.split() == ["27", "5"]
+    shot(page, "heal")
+    tab(page, "Prune and compare")
+
+
 def test_wrong_input_is_one_sentence_in_the_page(page):
     dropped = page.locator("#dropped textarea")
     for text, sentence in (("99", "There is no layer 99"), ("x", "must be whole numbers")):

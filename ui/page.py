@@ -11,6 +11,7 @@ from core.masks import default_strata
 from core.players import Players
 from ui.accuracy_view import accuracy_handler, accuracy_view
 from ui.contributions_view import contributions_view
+from ui.heal_view import KEPT_SECONDS, HealHandlers, heal_view
 from ui.interactions_view import chosen_pair, interactions_view, pair_handler
 from ui.methods_view import cost_line, methods_handler, methods_view
 from ui.prune_view import PruneHandlers, prune_view
@@ -45,6 +46,7 @@ def build(settings: AppSettings) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         session = gr.State(Session())
         selection, tried, compared = gr.State(()), gr.State(()), gr.State(None)
+        healed = gr.State(None, time_to_live=KEPT_SECONDS)
         gr.HTML(HEAD)
         model_line = gr.HTML(describe(Session()), elem_id="model-line")
         with gr.Accordion("Set-up: model, text and analysis settings", open=False):
@@ -77,6 +79,8 @@ def build(settings: AppSettings) -> gr.Blocks:
                 pruning = prune_view()
             with gr.Tab("Accuracy"):
                 accuracy = accuracy_view(settings)
+            with gr.Tab("Heal and share"):
+                healing = heal_view(settings)
             with gr.Tab("Study") as study_tab:
                 study = study_view(study_tab)
 
@@ -128,6 +132,7 @@ def build(settings: AppSettings) -> gr.Blocks:
         accuracy_views = list(accuracy.draw().keys())
         methods_views = list(methods.draw(None).keys())
         methods_choices = list(methods.draw_choices(Session()).keys())
+        healing_views = list(healing.draw_nothing().keys())
         marks = [contributions.bars, interactions.graph]
         handlers = PruneHandlers(pruning, stops, selection, tried, status, strip)
 
@@ -147,6 +152,8 @@ def build(settings: AppSettings) -> gr.Blocks:
                 **pruning.draw_tried((), Players("blocks", 0)),
                 **methods.draw(None),
                 **accuracy.draw(),
+                healed: None,
+                **healing.draw_nothing(),
             },
         )
         loaded = [
@@ -158,9 +165,11 @@ def build(settings: AppSettings) -> gr.Blocks:
             selection,
             tried,
             compared,
+            healed,
             *tried_views,
             *methods_views,
             *accuracy_views,
+            *healing_views,
         ]
         for event in (
             setup.load.click(
@@ -307,7 +316,7 @@ def build(settings: AppSettings) -> gr.Blocks:
         )
         pruning.save.click(
             handlers.save,
-            [session, selection, pruning.name],
+            [session, selection, pruning.name, tried],
             status,
             concurrency_id=MEASURING,
             concurrency_limit=1,
@@ -326,6 +335,36 @@ def build(settings: AppSettings) -> gr.Blocks:
             **heavy,
         )
 
+        # Heal and share
+        heal_handlers = HealHandlers(healing, settings, stops, healed, status)
+        healing.heal.click(
+            heal_handlers.heal,
+            [session, selection, healing.steps, healing.rank, healing.learning_rate],
+            [healed, status, *healing_views],
+            concurrency_id=ANALYSING,
+            concurrency_limit=1,
+            api_name="heal",
+            **heavy,
+        )
+        for button, handler, inputs, name in (
+            (healing.save, heal_handlers.save, [healed, healing.name], "save_healed"),
+            (
+                healing.push,
+                heal_handlers.push,
+                [healing.name, healing.repo, healing.private],
+                "push",
+            ),
+        ):
+            button.click(
+                handler,
+                inputs,
+                status,
+                concurrency_id=MEASURING,
+                concurrency_limit=1,
+                api_name=name,
+                **heavy,
+            )
+
         # Study
         study_files = [study.cache, study.about, *study.downloads]
         study_tab.select(
@@ -338,9 +377,11 @@ def build(settings: AppSettings) -> gr.Blocks:
                 selection: (),
                 tried: opened.comparisons,
                 compared: None,
+                healed: None,
                 **methods.draw(None),
                 **methods.draw_choices(opened),
                 **accuracy.draw(),
+                **healing.draw_nothing(),
                 model_line: describe(opened),
                 strip: gr.update(value=strip_value(opened), dropped=[]),
                 **draw(opened, contributions.value.value, contributions.order.value),
@@ -357,12 +398,14 @@ def build(settings: AppSettings) -> gr.Blocks:
                 selection,
                 tried,
                 compared,
+                healed,
                 status,
                 model_line,
                 strip,
                 *everything,
                 *methods_views,
                 *methods_choices,
+                *healing_views,
                 *tried_views,
                 *accuracy_views,
                 *study_files,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
 
 from core.bundled import cache_root
+from core.card import Measured, Perplexities
 from core.errors import LayerShapError
 from core.footprint import Footprint, footprint, measure_speed
 from core.game import LayerGame
@@ -18,7 +20,7 @@ from core.masks import dropped_players
 from core.methods import MethodsComparison
 from core.players import Players
 from core.pruning import continue_prompt, mergekit_yaml, prune, save_pruned
-from core.study import Comparison, with_comparison
+from core.study import Comparison, TextInfo, with_comparison
 from ui.figures import comparison_chart, empty_figure
 from ui.figures.comparisons import HOW_TO_READ
 from ui.measured import MeasuredFigures, perplexity_text
@@ -317,21 +319,51 @@ class PruneHandlers:
                 yield {box: text}
         yield {self._status: news("Both continuations are greedy: the likeliest word each time.")}
 
-    def _save(self, session: Session, selection: tuple[int, ...], name: str) -> Iterator[dict]:
+    def _save(
+        self,
+        session: Session,
+        selection: tuple[int, ...],
+        name: str,
+        tried: tuple[Comparison, ...],
+    ) -> Iterator[dict]:
         session = session.dropping(selection)
         workspace = session.need_workspace()
-        if not FOLDER_NAME.fullmatch(name or ""):
-            raise LayerShapError(
-                "Name the folder with letters, digits, dots, dashes and underscores only."
-            )
-        folder = cache_root() / "pruned" / name
+        folder = saved_folder(name)
+        measured = _measured(workspace.text_info, session.dropped, tried)
         for item in streamed(
-            lambda report: save_pruned(workspace.model, session.keep, folder, report)
+            lambda report: save_pruned(workspace.model, session.keep, folder, report, measured)
         ):
             if isinstance(item, tuple):
                 yield {self._status: progress_bar(*item)}
             else:
                 yield {self._status: news(f"Saved in {item}")}
+
+
+def saved_folder(name: str | None) -> Path:
+    """Where a saved model of that name is kept.
+
+    Raises:
+        LayerShapError: not a plain folder name.
+    """
+    if not FOLDER_NAME.fullmatch(name or ""):
+        raise LayerShapError(
+            "Name the folder with letters, digits, dots, dashes and underscores only."
+        )
+    return cache_root() / "pruned" / name
+
+
+def _measured(
+    text: TextInfo, dropped: tuple[int, ...], tried: tuple[Comparison, ...]
+) -> Measured | None:
+    """What a set's card can say, if the set was tried."""
+    for c in tried:
+        if c.dropped == dropped:
+            return Measured(
+                text,
+                Perplexities(c.held_out_full, c.held_out_pruned),
+                Perplexities(c.calibration_full, c.calibration_pruned),
+            )
+    return None
 
 
 def _full_and_pruned(game: LayerGame, keep: np.ndarray) -> tuple[float, float]:

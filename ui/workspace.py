@@ -7,13 +7,16 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 
+from torch import LongTensor
+
+from core.errors import LayerShapError
 from core.game import LayerGame
 from core.models import LayeredModel, Progress
 from core.players import PlayerKind
 from core.pruning import load_pruned
 from core.resources import Resources, measure_resources
 from core.study import TextInfo
-from core.text import TextBlocks, load_text
+from core.text import TextBlocks, load_text, training_blocks
 
 # Loaded models kept in memory; the least recently used goes first.
 MAX_MODELS = 2
@@ -39,6 +42,21 @@ class TextChoice:
     held_out_blocks: int = 10
     seed: int = 0
 
+    def read(self, model: LayeredModel) -> TextBlocks:
+        """The blocks, in a model's tokens.
+
+        Raises:
+            LayerShapError: the text cannot be used.
+        """
+        return load_text(
+            self.source,
+            model.tokenizer,
+            blocks=self.blocks,
+            block_length=self.block_length,
+            held_out_blocks=self.held_out_blocks,
+            seed=self.seed,
+        )
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -48,6 +66,7 @@ class Workspace:
     text: TextBlocks
     calibration: LayerGame
     held_out: LayerGame
+    text_choice: TextChoice
 
     @cached_property
     def resources(self) -> Resources:
@@ -57,6 +76,25 @@ class Workspace:
     @property
     def text_info(self) -> TextInfo:
         return TextInfo.of(self.text)
+
+    def training_blocks(self, count: int) -> LongTensor:
+        """Up to `count` more blocks of calibration documents, LongTensor [blocks, length].
+
+        Raises:
+            LayerShapError: the text cannot be read again, or is no longer what it was.
+        """
+        if TextInfo.of(self.text_choice.read(self.model)) != self.text_info:
+            raise LayerShapError(
+                "The text has changed since it was loaded, so what is held out is no longer "
+                "certain; load it again in Set-up."
+            )
+        return training_blocks(
+            self.text_choice.source,
+            self.model.tokenizer,
+            count,
+            block_length=self.text_choice.block_length,
+            seed=self.text_choice.seed,
+        )
 
 
 class Workspaces:
@@ -80,19 +118,13 @@ class Workspaces:
         """
         loaded = self._model(model, progress)
         progress("Reading the text", None)
-        blocks = load_text(
-            text.source,
-            loaded.tokenizer,
-            blocks=text.blocks,
-            block_length=text.block_length,
-            held_out_blocks=text.held_out_blocks,
-            seed=text.seed,
-        )
+        blocks = text.read(loaded)
         return Workspace(
             loaded,
             blocks,
             LayerGame(loaded, blocks.calibration, players=players),
             LayerGame(loaded, blocks.held_out, players=players),
+            text,
         )
 
     def _model(self, choice: ModelChoice, progress: Progress) -> LayeredModel:

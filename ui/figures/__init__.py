@@ -3,6 +3,7 @@
 from ui.figures.accuracy import accuracy_chart
 from ui.figures.comparisons import comparison_chart
 from ui.figures.contributions import contribution_bars, contribution_heatmap, surrogate_scatter
+from ui.figures.healing import healing_curve
 from ui.figures.interactions import interaction_graph, interaction_heatmap, pair_utilities
 from ui.figures.methods import agreement_heatmap, methods_chart, methods_cost, methods_map
 from ui.figures.style import empty_figure
@@ -14,6 +15,7 @@ __all__ = [
     "contribution_bars",
     "contribution_heatmap",
     "empty_figure",
+    "healing_curve",
     "interaction_graph",
     "interaction_heatmap",
     "methods_chart",
