@@ -41,7 +41,7 @@ def main() -> None:
     model = load_model(options.model)
     blocks = options.blocks
     text = load_text(
-        "bundled",
+        options.text,
         model.tokenizer,
         blocks=options.splits * blocks,
         block_length=options.length,
@@ -70,6 +70,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="bundled")
+    parser.add_argument("--text", default="bundled", help="as the dashboard takes it")
     parser.add_argument("--splits", type=int, default=5)
     parser.add_argument("--blocks", type=int, default=10)
     parser.add_argument("--block-length", dest="length", type=int, default=128)
