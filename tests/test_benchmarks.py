@@ -54,7 +54,7 @@ def test_small_model(tmp_path):
     printed = run(
         "small_model.py",
         *("--out", folder, "--layers", 4, "--width", 32, "--minutes", 0.01),
-        *("--architecture", "gpt_neox"),
+        *("--architecture", "gpt_neox", "--documents", 4),
     )
     for words in ("GPTNeoXForCausalLM, 4 layers", "validation perplexity", "had no part in it"):
         assert words in printed

@@ -51,6 +51,7 @@ def main() -> None:
     options = _options()
     torch.manual_seed(options.seed)
     training, validation, unseen = _documents(options.seed)
+    training = training[: options.documents]
     tokenizer = _tokenizer(training)
     stream, judge = (_tokens(tokenizer, side) for side in (training, validation))
     model = transformers.AutoModelForCausalLM.from_config(_configuration(options))
@@ -78,6 +79,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=128, help=f"a multiple of {HEAD_WIDTH}")
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--documents", type=int, help="train on so many at most; for a quick try")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
