@@ -33,6 +33,9 @@ WORST_EXCESS = 3.0
 BEAM, SHORTLIST = 3, 64
 # Sets measured between two looks, at least, and as a share of the sizes searched.
 BATCH, BATCH_SHARE = 5, 3
+# By default, sets measured per size at least: models of few layers need more than a third of what
+# greedy re-evaluation spends.
+LOOKS = 4
 # The kernel is fitted again when the measurements have grown by this factor.
 REFIT_GROWTH, FIT_STEPS = 1.15, 80
 JITTER = 1e-9
@@ -126,8 +129,12 @@ def greedy_evaluations(n: int, deepest: int) -> int:
 
 
 def default_budget(n: int, deepest: int) -> int:
-    """A third of what greedy re-evaluation would need, but one look at every layer and size."""
-    return max(n + deepest, greedy_evaluations(n, deepest) // 3)
+    """A third of what greedy re-evaluation would need, or `LOOKS` per size where that is more.
+
+    Never more than greedy re-evaluation itself.
+    """
+    greedy = greedy_evaluations(n, deepest)
+    return max(greedy // 3, min(greedy, n + LOOKS * deepest))
 
 
 def search(
@@ -213,7 +220,11 @@ class _Known:
         return Frontier(METHOD, sets, (len(self),) * deepest)
 
     def promising(self, process: SetProcess, deepest: int, count: int) -> list[DropSet]:
-        """Up to `count` sets of different sizes from which most improvement is expected."""
+        """Up to `count` sets of different sizes from which most improvement is expected.
+
+        Where no set of a size was measured, the one expected to be best comes first: a search that
+        ends early must have looked at that before it looked at what is merely uncertain.
+        """
         beams = self._beams(process, deepest + 1)
         found = []
         for k in range(2, deepest + 1):
@@ -222,11 +233,13 @@ class _Known:
                 continue
             means = process.mean(self._indicators(near))
             short = np.argsort(means, kind="stable")[:SHORTLIST]
+            made = self._by_size.get(k)
+            if not made:
+                found.append((np.inf, near[short[0]]))
+                continue
             mean = means[short]
             spread = process.spread(self._indicators([near[i] for i in short]))
-            made = self._by_size.get(k)
-            best = self._excess[made[0]] if made else float((mean + spread).min())
-            score = (best - mean) / spread
+            score = (self._excess[made[0]] - mean) / spread
             # Expected improvement (Jones, Schonlau and Welch 1998).
             gain = spread * (score * norm.cdf(score) + norm.pdf(score))
             top = int(np.argmax(gain))
