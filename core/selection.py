@@ -41,6 +41,9 @@ BATCH, BATCH_SHARE = 5, 3
 # Players that save fractions of a layer's worth are told apart to this part of it; a sum may fall
 # short of a whole number by the tolerance, in the same unit, and still count.
 FRACTIONS, TOLERANCE = 4, 0.05
+# By default, sets measured per depth at least: models of few layers need more than a third of what
+# greedy re-evaluation spends.
+LOOKS = 4
 # The kernel is fitted again when the measurements have grown by this factor.
 REFIT_GROWTH, FIT_STEPS = 1.15, 80
 JITTER = 1e-9
@@ -143,8 +146,12 @@ def greedy_evaluations(n: int, deepest: int) -> int:
 
 
 def default_budget(n: int, deepest: int) -> int:
-    """A third of what greedy re-evaluation would need, but one look at every layer and size."""
-    return max(n + deepest, greedy_evaluations(n, deepest) // 3)
+    """A third of what greedy re-evaluation would need, or `LOOKS` per depth where that is more.
+
+    Never more than greedy re-evaluation itself.
+    """
+    greedy = greedy_evaluations(n, deepest)
+    return max(greedy // 3, min(greedy, n + LOOKS * deepest))
 
 
 def search(
@@ -304,7 +311,11 @@ class _Known:
         return Frontier(METHOD, tuple(sets), (len(self),) * deepest)
 
     def promising(self, process: SetProcess, deepest: int, count: int) -> list[DropSet]:
-        """Up to `count` sets of different depths from which most improvement is expected."""
+        """Up to `count` sets of different depths from which most improvement is expected.
+
+        Where no set of a depth was measured, the one expected to be best comes first: a search that
+        ends early must have looked at that before it looked at what is merely uncertain.
+        """
         if count < 1:
             return []
         beams = self._beams(process, deepest)
@@ -315,11 +326,13 @@ class _Known:
                 continue
             means = process.mean(self._indicators(near))
             short = np.argsort(means, kind="stable")[:SHORTLIST]
+            made = self._best(depth)
+            if made is None:
+                found.append((np.inf, near[short[0]]))
+                continue
             mean = means[short]
             spread = process.spread(self._indicators([near[i] for i in short]))
-            made = self._best(depth)
-            best = self._excess[made] if made else float((mean + spread).min())
-            score = (best - mean) / spread
+            score = (self._excess[made] - mean) / spread
             # Expected improvement (Jones, Schonlau and Welch 1998).
             gain = spread * (score * norm.cdf(score) + norm.pdf(score))
             top = int(np.argmax(gain))

@@ -46,3 +46,37 @@ def test_sample_efficiency(tiny_folder, tmp_path):
     )
     for method in ("ours", "published", "shapiq SVARM", "shapiq ProxySPEX"):
         assert method in printed
+
+
+def test_small_model(tmp_path):
+    """What it trains is another architecture, loads, and meets only text it has not seen."""
+    folder = tmp_path / "small"
+    printed = run(
+        "small_model.py",
+        *("--out", folder, "--layers", 4, "--width", 32, "--minutes", 0.01),
+        *("--architecture", "gpt_neox", "--documents", 4),
+    )
+    for words in ("GPTNeoXForCausalLM, 4 layers", "validation perplexity", "had no part in it"):
+        assert words in printed
+    printed = run(
+        "methods.py",
+        *("--model", folder, "--text", folder / "unseen.jsonl", "--splits", 2, "--blocks", 2),
+        *("--block-length", 16, "--dropped", 1, 2, "--shapley", 0, "--cache", tmp_path / "cache"),
+        *("--methods", "LayerShap search", "Last layers"),
+    )
+    assert "Last layers" in printed
+
+
+def test_optimality(tiny_folder, tmp_path):
+    printed = run(
+        "optimality.py",
+        *("--model", tiny_folder, "--texts", 2, "--blocks", 2, "--block-length", 16),
+        *("--anneal", 3, "--annealed-model", tiny_folder, "--dropped", 2, 3),
+        *("--cache", tmp_path),
+    )
+    best = [line for line in printed.splitlines() if line.startswith("Best possible")]
+    # 8 + 28 + 56 + 70 sets; their best are above nothing and rank first.
+    assert best[0].split()[2:] == ["(162)", *["0.00", "(0.00)"] * 4]
+    assert best[1].split()[2:] == ["(162)", *["1.0", "(1)"] * 4]
+    for words in ("annealed from random", "best found by anything", "Leave one out"):
+        assert words in printed

@@ -30,7 +30,8 @@ from core.models import load_model
 from core.selection import METHOD, default_budget, search
 from core.text import load_text
 
-SHAPLEY = "Shapley contribution"
+# The paper's rule on the same masks, with our surrogate and with the paper's.
+SHAPLEY = {"Shapley contribution": "auto", "Shapley, published surrogate": "published"}
 # Smaller budgets, as shares of the search's own, at which it says what it would choose.
 SNAPSHOTS = (0.5, 0.7)
 
@@ -41,7 +42,7 @@ def main() -> None:
     model = load_model(options.model)
     blocks = options.blocks
     text = load_text(
-        "bundled",
+        options.text,
         model.tokenizer,
         blocks=options.of_splits * blocks,
         block_length=options.length,
@@ -72,6 +73,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="bundled")
+    parser.add_argument("--text", default="bundled", help="as the dashboard takes it")
     parser.add_argument("--splits", type=int, default=5, help="how many of them to run")
     parser.add_argument("--of-splits", type=int, default=5, help="that the text is cut for")
     parser.add_argument("--blocks", type=int, default=10)
@@ -97,9 +99,10 @@ def _frontiers(game: LayerGame, options: argparse.Namespace) -> Iterator[Frontie
             )
         else:
             yield finish(KINDS[name].run(game, deepest))
-    if options.shapley:
-        order = np.argsort(analyze(game, options.shapley).contributions, kind="stable")
-        yield Frontier.of_ranking(SHAPLEY, iter(order), deepest, options.shapley)
+    for name, surrogate in SHAPLEY.items() if options.shapley else ():
+        contributions = analyze(game, options.shapley, surrogate=surrogate).contributions
+        order = np.argsort(contributions, kind="stable")
+        yield Frontier.of_ranking(name, iter(order), deepest, options.shapley)
 
 
 def _losses(game: LayerGame, frontier: Frontier, depths: Sequence[int]) -> NDArray[np.float64]:
