@@ -20,7 +20,7 @@ from core.game import LayerGame
 from core.healing import DIVERGED, DONE, STOPPED, HealingSettings, heal, save_healed
 from core.masks import leave_out
 from core.models import describe, load_model
-from core.pruning import prune
+from core.pruning import load_pruned, prune
 from core.text import load_text, training_blocks
 from tiny_models import VOCABULARY, tiny
 
@@ -273,6 +273,24 @@ def test_other_architectures_heal_too(family):
     keep = leave_out(model.n_layers, (3,))
     result = healed(model, blocks[8:], text, replace(QUICK, steps=25), keep)
     assert result.measured.held_out.healed < result.measured.held_out.pruned
+
+
+def test_a_cut_of_parts_heals_and_keeps_skipping(full, training, text, tmp_path):
+    keep = np.ones(2 * TINY_LAYERS, dtype=bool)
+    keep[[3, 8, 10, 11]] = False
+    result = healed(full, training, text, keep=keep)
+    assert result.measured.held_out.healed < result.measured.held_out.pruned
+    folder = save_healed(result, full, keep, tmp_path / "healed")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    skipping = load_pruned(str(folder), device="cpu", dtype="float32")
+    assert skipping.info.parameters < sum(p.numel() for p in plain.parameters())
+    with torch.no_grad():
+        expected = result.model.module(text.held_out).logits
+        for module in (plain, skipping.module):
+            torch.testing.assert_close(module(text.held_out).logits, expected)
+    card = ModelCard.load(folder / "README.md").text
+    assert "1m, 4a, 5" in card
+    assert "4 of its 16 attention and MLP branches" in card
 
 
 def load_text_of(blocks):
