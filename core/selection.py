@@ -45,7 +45,8 @@ FRACTIONS, TOLERANCE = 4, 0.05
 # greedy re-evaluation spends.
 LOOKS = 4
 # The kernel is fitted again when the measurements have grown by this factor.
-REFIT_GROWTH, FIT_STEPS = 1.15, 80
+# Of many measurements, a fit looks at so many, spread evenly over the course of the search.
+REFIT_GROWTH, FIT_STEPS, FIT_SETS = 1.15, 80, 160
 JITTER = 1e-9
 
 
@@ -116,11 +117,13 @@ class SetProcess:
     def fit(cls, start: Kernel, players: Players, sets: Floats, excess: Floats) -> SetProcess:
         """Choose the kernel by marginal likelihood, with a broad log-normal prior."""
         prior = np.log(Kernel().parameters())
+        count = min(len(sets), FIT_SETS)
+        seen = np.linspace(0, len(sets) - 1, count).astype(int)
 
         def loss(log_parameters: Floats) -> float:
             kernel = Kernel(*np.exp(log_parameters))
-            factor = np.linalg.cholesky(_noisy(kernel, players, sets))
-            scaled = np.linalg.solve(factor, excess)
+            factor = np.linalg.cholesky(_noisy(kernel, players, sets[seen]))
+            scaled = np.linalg.solve(factor, excess[seen])
             misfit = 0.5 * scaled @ scaled + np.log(np.diag(factor)).sum()
             return float(misfit + 0.5 * ((log_parameters - prior) ** 2).sum())
 
