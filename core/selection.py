@@ -314,11 +314,7 @@ class _Known:
         return Frontier(METHOD, tuple(sets), (len(self),) * deepest)
 
     def promising(self, process: SetProcess, deepest: int, count: int) -> list[DropSet]:
-        """Up to `count` sets of different depths from which most improvement is expected.
-
-        Where no set of a depth was measured, the one expected to be best comes first: a search that
-        ends early must have looked at that before it looked at what is merely uncertain.
-        """
+        """Up to `count` sets of different depths from which most improvement is expected."""
         if count < 1:
             return []
         beams = self._beams(process, deepest)
@@ -329,13 +325,11 @@ class _Known:
                 continue
             means = process.mean(self._indicators(near))
             short = np.argsort(means, kind="stable")[:SHORTLIST]
-            made = self._best(depth)
-            if made is None:
-                found.append((np.inf, near[short[0]]))
-                continue
             mean = means[short]
             spread = process.spread(self._indicators([near[i] for i in short]))
-            score = (self._excess[made] - mean) / spread
+            made = self._best(depth)
+            best = self._excess[made] if made else float((mean + spread).min())
+            score = (best - mean) / spread
             # Expected improvement (Jones, Schonlau and Welch 1998).
             gain = spread * (score * norm.cdf(score) + norm.pdf(score))
             top = int(np.argmax(gain))
