@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from core.players import Players
 from core.study import Comparison
-from ui.figures.style import ACCENT, CONTRAST, QUIET, base_figure
+from ui.figures.style import ACCENT, CONTRAST, QUIET, base_figure, layer_ticks
 
 HOW_TO_READ = (
     "Lower is better. Blue dots, on held-out text, are what counts; a diamond is the measured "
@@ -84,6 +84,7 @@ def comparison_chart(
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         margin_t=40,
     )
-    figure.update_xaxes(range=[0, max(counts, default=1) + 1], tickformat="d")
+    most = max(counts, default=1) + 1
+    figure.update_xaxes(range=[0, most], tickvals=layer_ticks(most + 1))
     figure.update_yaxes(type="log", tickformat="~g", minor={"ticks": ""})
     return figure

@@ -10,7 +10,15 @@ import plotly.graph_objects as go
 from core.methods import PARTS, MethodResult, MethodsComparison
 from core.resources import RESOURCES, Resource
 from core.selection import METHOD
-from ui.figures.style import ACCENT, QUIET, base_figure, log_ticks, number, player_ticks
+from ui.figures.style import (
+    ACCENT,
+    QUIET,
+    base_figure,
+    layer_ticks,
+    log_ticks,
+    number,
+    player_ticks,
+)
 
 CHART_HOW_TO_READ = (
     "Lower is better: perplexity on held-out text, which chose none of the sets. Hover for the set "
@@ -99,7 +107,9 @@ def methods_chart(comparison: MethodsComparison, axis: str = BY_DEPTH) -> go.Fig
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         margin_t=70,
     )
-    figure.update_xaxes(range=[start, end], tickformat="d" if axis == BY_DEPTH else "~g")
+    figure.update_xaxes(range=[start, end], tickformat="~g")
+    if axis == BY_DEPTH:
+        figure.update_xaxes(tickvals=layer_ticks(comparison.deepest + 1))
     shown = [value for trace in figure.data for value in trace.y if value is not None]
     ticks = log_ticks(min(shown), max(shown))
     figure.update_yaxes(type="log", tickformat="~g", tickvals=ticks, minor={"ticks": ""})
