@@ -96,8 +96,8 @@ def find_set(
     players = calibration.players
     depth = _deepest(target, resources)
     worth = resources.worth(target.resource)
-    droppable = int((worth > 0).sum()) - len(target.keep)
-    budget = max(droppable, selection.default_budget(max(1, droppable), depth))
+    droppable = sum(bool(worth[p] > 0) and p not in target.keep for p in range(players.count))
+    budget = selection.default_budget(max(1, droppable), depth)
     searching = selection.search(calibration, depth, budget, worth=worth, keep=target.keep)
     clock = Clock()
     total, done = budget + 1, 0

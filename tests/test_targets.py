@@ -11,6 +11,7 @@ from core.errors import LayerShapError
 from core.game import LayerGame
 from core.masks import leave_out
 from core.models import describe
+from core.players import Players
 from core.resources import Resources
 from core.targets import Target, find_set
 from games import with_pairs
@@ -104,6 +105,30 @@ def test_parts_save_what_was_asked(tiny_llama, tmp_path):
         assert result.saved >= share - 0.02
         if resource == "cache":
             assert all(player % 2 == 0 for player in result.dropped)
+
+
+def test_whole_layers_are_kept_where_only_attention_is_searched():
+    """Their MLPs save no cache, and so are not among what could be dropped anyway."""
+
+    class Parts:
+        """Every part costs the same, on any text."""
+
+        players = Players("sub-blocks", N)
+
+        def measure(self, masks):
+            yield from ((row, 0.1 * float((~mask).sum())) for row, mask in enumerate(masks))
+
+        def perplexity(self, masks):
+            return np.exp(np.array([loss for _, loss in self.measure(masks)]))
+
+    cache = np.tile([1 / N, 0.0], N)
+    resources = Resources(Parts.players, np.full(2 * N, 0.05), cache, np.full(2 * N, 0.05))
+    keep = Parts.players.of_layers((0, N - 1))
+    target = Target(least_saved=1 / N, resource="cache", keep=keep)
+    result = found((Parts(), Parts()), resources, target)
+    assert len(result.dropped) == 1
+    assert result.dropped[0] % 2 == 0
+    assert result.dropped[0] not in keep
 
 
 @pytest.mark.parametrize(
