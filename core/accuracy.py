@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from core.errors import LayerShapError
+from core.errors import LayerShapError, first_line
 from core.models import LayeredModel
 from core.pruning import prune
 
@@ -315,8 +315,8 @@ def _load(manager: TaskManager, name: str, seed: int) -> dict[str, Task]:
         tasks = manager.load([name])["tasks"]
     except Exception as error:
         raise LayerShapError(
-            f"The questions of {name} could not be read ({_reason(error)}); check the connection "
-            "to the Hugging Face Hub or the task's own files, or leave this task out."
+            f"The questions of {name} could not be read ({first_line(error)}); check the "
+            "connection to the Hugging Face Hub or the task's own files, or leave this task out."
         ) from error
     for leaf, task in tasks.items():
         if not set(METRICS) & set(task.aggregation()):
@@ -463,7 +463,3 @@ def _compared(name: str, full: Answers, pruned: Answers) -> TaskAccuracy:
 def _standard_error(values: NDArray[np.float64]) -> float:
     """Of the mean; zero where one question says nothing of the spread."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

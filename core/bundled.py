@@ -22,7 +22,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from core.errors import LayerShapError
+from core.errors import LayerShapError, first_line
 
 Progress = Callable[[str, float | None], None]
 
@@ -125,7 +125,7 @@ def convert_gguf(
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except Exception as error:
         raise LayerShapError(
-            f"{gguf.name} could not be read ({_first_line(error)}): the file is damaged or cut "
+            f"{gguf.name} could not be read ({first_line(error)}): the file is damaged or cut "
             "short, or its architecture is not known; fetch it again, or choose another."
         ) from error
     # transformers fills what a file lacks with random numbers and only warns.
@@ -153,7 +153,7 @@ def convert_gguf(
         (out / "origin.json").write_text(json.dumps(note, indent=1))
     except (OSError, SafetensorError) as error:
         raise LayerShapError(
-            f"The converted weights of {gguf.name} could not be written ({_first_line(error)}); "
+            f"The converted weights of {gguf.name} could not be written ({first_line(error)}); "
             "free some space, or choose another place with LAYERSHAP_CACHE."
         ) from error
 
@@ -279,7 +279,3 @@ def _check(file: Path, expected: str) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -61,30 +61,6 @@ def _cached_bytes(layer: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
-def measure_speed(
-    full: LayeredModel,
-    pruned: LayeredModel,
-    *,
-    prompt_tokens: int = 128,
-    new_tokens: int = 16,
-    repeats: int = 4,
-    stop: Callable[[], bool] | None = None,
-) -> tuple[Speed, Speed]:
-    """Time both models in turn on the same work; the fastest of `repeats`, after a warm-up.
-
-    The two alternate, so that whatever else the machine does falls on both. A prompt that would
-    not leave room for the new tokens in the context is shortened.
-    """
-    first, second = measure_speeds(
-        (full, pruned),
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        repeats=repeats,
-        stop=stop,
-    )
-    return first, second
-
-
 def measure_speeds(
     models: Sequence[LayeredModel],
     *,
@@ -93,7 +69,11 @@ def measure_speeds(
     repeats: int = 4,
     stop: Callable[[], bool] | None = None,
 ) -> list[Speed]:
-    """As `measure_speed`, for any number of versions of one model."""
+    """Time versions of one model in turn on the same work; the fastest of `repeats`, warmed up.
+
+    They alternate, so that whatever else the machine does falls on all. A prompt that would not
+    leave room for the new tokens in the context is shortened.
+    """
     context = models[0].info.context_length
     if context is not None:
         prompt_tokens = max(1, min(prompt_tokens, context - new_tokens - 1))

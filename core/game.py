@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -85,7 +86,7 @@ class LayerGame:
         """Mean NLL of the unpruned model, nats per predicted token."""
         return float(self.losses(np.ones((1, self.n_players), dtype=bool))[0])
 
-    @property
+    @cached_property
     def whole_layers(self) -> LayerGame:
         """The game of the same model, text and cache whose players are whole blocks."""
         return LayerGame(self.model, self.tokens, self.cache)

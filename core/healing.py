@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from core.blocks import BlockStack
 from core.card import Measured, Perplexities, model_card
 from core.clock import Clock
-from core.errors import LayerShapError
+from core.errors import LayerShapError, first_line
 from core.game import LayerGame
 from core.models import LayeredModel, fingerprint
 from core.pruning import provenance, write_model
@@ -400,7 +400,7 @@ def _with_adapters(module: Any, path: str, rank: int, random: torch.Generator) -
     except (ValueError, TypeError) as error:
         raise LayerShapError(
             f"LoRA adapters cannot be put on {type(module).__name__} "
-            f"({str(error).strip().splitlines()[0][:200]}), so it cannot be healed here; the cut "
+            f"({first_line(error)}), so it cannot be healed here; the cut "
             "itself can be saved."
         ) from error
     # peft draws them from PyTorch's global generator, which other threads use too.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from core.blocks import PROBE_TOKENS, BlockStack, TakenApart, find_blocks, take_apart
 from core.bundled import bundled_folder, gguf_folder
-from core.errors import LayerShapError
+from core.errors import LayerShapError, first_line
 from core.packing import pack_linears
 from core.players import PLAYER_KINDS, PlayerKind, Players
 from core.sub_blocks import Branches, find_branches, halves
@@ -371,14 +371,14 @@ def _read(
         )
     except Exception as error:
         raise LayerShapError(
-            f"The weights of {name} cannot be loaded ({_first_line(error)}); the files may be "
+            f"The weights of {name} cannot be loaded ({first_line(error)}); the files may be "
             "incomplete: fetch or save the model again."
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise LayerShapError(
-            f"{name} has no readable tokenizer ({_first_line(error)}); put the tokenizer's files "
+            f"{name} has no readable tokenizer ({first_line(error)}); put the tokenizer's files "
             "beside the weights."
         ) from error
     return module, tokenizer
@@ -426,10 +426,6 @@ def _digest(name: str, tensor: Tensor) -> bytes:
 def _device_name(module: nn.Module, first: Tensor) -> str:
     devices = {p.device for p in module.parameters()}
     return str(first.device) if len(devices) == 1 else f"{len(devices)} devices"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _one_of(parameter: str, value: Any, allowed: tuple[str, ...]) -> None:

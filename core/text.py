@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import LongTensor
 
-from core.errors import LayerShapError
+from core.errors import LayerShapError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -238,10 +238,10 @@ def _data_set_documents(path: str, config: str | None, split: str | None) -> lis
         chosen = next((name for name in ("test", "validation") if name in splits), splits[0])
         rows = load_dataset(path, config, split=chosen)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise LayerShapError(
-            f"The data set {path} could not be read ({reason}); check its name, configuration and "
-            "split and the connection to the Hugging Face Hub, or use the bundled text or a file."
+            f"The data set {path} could not be read ({first_line(error)}); check its name, "
+            "configuration and split and the connection to the Hugging Face Hub, or use the "
+            "bundled text or a file."
         ) from error
     if "text" not in rows.column_names:
         raise LayerShapError(

@@ -22,6 +22,16 @@ def isolated_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache folder that the tests of one module share."""
+    patch = pytest.MonkeyPatch()
+    folder = tmp_path_factory.mktemp("cache")
+    patch.setenv("LAYERSHAP_CACHE", str(folder))
+    yield folder
+    patch.undo()
+
+
 @pytest.fixture(scope="session")
 def tiny_llama():
     """A factory of small random-weight Llama models: `tiny_llama(layers=4, seed=0, **config)`."""

@@ -38,6 +38,20 @@ def test_methods(tiny_folder, tmp_path):
         assert method in printed
 
 
+def test_parts(tiny_folder, tmp_path):
+    printed = run(
+        "parts.py",
+        *("--model", tiny_folder, "--splits", 2, "--blocks", 2, "--block-length", 16),
+        *("--dropped", 1, 2, "--cache", tmp_path),
+    )
+    assert "cache: an attention is worth 1.00 of a layer, an MLP 0.00" in printed
+    for words in ("whole layers, greedy", "LayerShap parts, by time", "measured speed-up"):
+        assert words in printed
+    saved = printed.split("cache saved")[1].splitlines()
+    [by_cache] = [line for line in saved if line.startswith("LayerShap parts, by cache")][:1]
+    assert by_cache.split()[-2:] == ["12.5", "25.0"]
+
+
 def test_sample_efficiency(tiny_folder, tmp_path):
     printed = run(
         "sample_efficiency.py",

@@ -10,7 +10,7 @@ import transformers
 import yaml
 
 from core.errors import LayerShapError
-from core.footprint import footprint, measure_speed
+from core.footprint import footprint, measure_speeds
 from core.game import LayerGame
 from core.masks import leave_out
 from core.models import describe
@@ -112,9 +112,10 @@ def test_a_model_without_such_a_cache_says_so():
 
 
 def test_speed_is_measured_on_both(model):
-    speeds = measure_speed(
-        model, prune(model, leave_out(6, (0,))), prompt_tokens=8, new_tokens=2, repeats=1
+    speeds = measure_speeds(
+        (model, prune(model, leave_out(6, (0,)))), prompt_tokens=8, new_tokens=2, repeats=1
     )
+    assert len(speeds) == 2
     assert all(speed.prefill > 0 and speed.decode > 0 for speed in speeds)
 
 

@@ -33,15 +33,6 @@ def text_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    folder = tmp_path_factory.mktemp("cache")
-    patch.setenv("LAYERSHAP_CACHE", str(folder))
-    yield folder
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
 def address(cache):
     page = build(AppSettings(max_evaluations=500))
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True)

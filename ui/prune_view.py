@@ -14,7 +14,7 @@ import numpy as np
 from core.bundled import cache_root
 from core.card import Measured, Perplexities
 from core.errors import LayerShapError
-from core.footprint import Footprint, footprint, measure_speed
+from core.footprint import Footprint, footprint, measure_speeds
 from core.game import LayerGame
 from core.masks import dropped_players
 from core.methods import MethodsComparison
@@ -282,10 +282,12 @@ class PruneHandlers:
             self._view.figures: partly.table(),
             self._status: progress_bar("Timing both models", 0.7),
         }
-        speeds = measure_speed(workspace.model, pruned)
+        full_speed, pruned_speed = measure_speeds((workspace.model, pruned))
         yield {
             self._tried: tried,
-            self._view.figures: MeasuredFigures(calibration, held_out, sizes, speeds).table(),
+            self._view.figures: MeasuredFigures(
+                calibration, held_out, sizes, (full_speed, pruned_speed)
+            ).table(),
             self._status: news("Measured. The set is in the list of sets tried."),
             **self._view.draw_tried(tried, session.players),
         }

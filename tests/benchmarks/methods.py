@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from splits import add_options, games
+
 from core.allocator import keep_freed_memory
 from core.analysis import analyze
 from core.baselines import Frontier, finish
-from core.cache import EvaluationCache
 from core.game import LayerGame
 from core.masks import leave_out
 from core.methods import KINDS
 from core.models import load_model
 from core.selection import METHOD, default_budget, search
-from core.text import load_text
 
 # The paper's rule on the same masks, with our surrogate and with the paper's.
 SHAPLEY = {"Shapley contribution": "auto", "Shapley, published surrogate": "published"}
@@ -40,21 +40,8 @@ def main() -> None:
     keep_freed_memory()
     options = _options()
     model = load_model(options.model)
-    blocks = options.blocks
-    text = load_text(
-        options.text,
-        model.tokenizer,
-        blocks=options.of_splits * blocks,
-        block_length=options.length,
-        held_out_blocks=options.of_splits * options.held_out,
-    )
-    cache = EvaluationCache(options.cache)
     rows = []
-    for split in range(options.splits):
-        part = slice(split * blocks, (split + 1) * blocks)
-        calibration = LayerGame(model, text.calibration[part], cache)
-        judging = slice(split * options.held_out, (split + 1) * options.held_out)
-        held_out = LayerGame(model, text.held_out[judging], cache)
+    for split, (calibration, held_out) in enumerate(games(options, model)):
         started = time.monotonic()
         for frontier in _frontiers(calibration, options):
             name = f"{frontier.method} ({frontier.evaluations[-1]} evaluations)"
@@ -72,21 +59,10 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="bundled")
-    parser.add_argument("--text", default="bundled", help="as the dashboard takes it")
-    parser.add_argument("--splits", type=int, default=5, help="how many of them to run")
-    parser.add_argument("--of-splits", type=int, default=5, help="that the text is cut for")
-    parser.add_argument("--blocks", type=int, default=10)
-    parser.add_argument("--held-out-blocks", dest="held_out", type=int, help="as --blocks")
-    parser.add_argument("--block-length", dest="length", type=int, default=128)
-    parser.add_argument("--dropped", type=int, nargs="+", default=[3, 6, 9, 12])
+    add_options(parser)
     parser.add_argument("--shapley", type=int, default=512, help="0 leaves the paper's rule out")
     parser.add_argument("--methods", nargs="+", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--cache", default=None, help="folder; by default the user's")
-    options = parser.parse_args()
-    options.held_out = options.held_out or options.blocks
-    options.of_splits = max(options.of_splits, options.splits)
-    return options
+    return parser.parse_args()
 
 
 def _frontiers(game: LayerGame, options: argparse.Namespace) -> Iterator[Frontier]:
@@ -114,7 +90,7 @@ def _report(table: pd.DataFrame, options: argparse.Namespace) -> None:
     full = table[table.k == 0]
     print(
         f"{options.splits} splits of {options.blocks} x {options.length} calibration and "
-        f"{options.held_out} x {options.length} held-out tokens"
+        f"{options.held_out or options.blocks} x {options.length} held-out tokens"
     )
     print(f"full model: held-out perplexity {np.exp(full['held-out'].mean()):.2f}")
     cuts = table[table.k > 0]

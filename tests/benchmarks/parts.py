@@ -18,11 +18,11 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from splits import add_options, games
+
 from core.allocator import keep_freed_memory
 from core.baselines import finish, greedy
-from core.cache import EvaluationCache
 from core.footprint import measure_speeds
-from core.game import LayerGame
 from core.masks import leave_out
 from core.methods import search_parts
 from core.models import load_model
@@ -30,32 +30,19 @@ from core.players import Players
 from core.pruning import prune
 from core.resources import RESOURCES, Resources, measure_resources
 from core.selection import best_sets
-from core.text import load_text
 
 
 def main() -> None:
     keep_freed_memory()
     options = _options()
     model = load_model(options.model)
-    text = load_text(
-        options.text,
-        model.tokenizer,
-        blocks=options.of_splits * options.blocks,
-        block_length=options.length,
-        held_out_blocks=options.of_splits * options.held_out,
-    )
-    cache = EvaluationCache(options.cache)
     players = model.players("sub-blocks")
     resources = measure_resources(model, players)
     _describe(resources)
     rows = []
     chosen: dict[str, tuple[tuple[int, ...], ...]] = {}
-    for split in range(options.splits):
+    for split, (game, held_out) in enumerate(games(options, model, "sub-blocks")):
         started = time.monotonic()
-        part = slice(split * options.blocks, (split + 1) * options.blocks)
-        judging = slice(split * options.held_out, (split + 1) * options.held_out)
-        game = LayerGame(model, text.calibration[part], cache, players="sub-blocks")
-        held_out = LayerGame(model, text.held_out[judging], cache, players="sub-blocks")
         deepest = max(options.dropped)
         whole = {
             "whole layers, search": best_sets(game.whole_layers, deepest),
@@ -87,20 +74,9 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="bundled")
-    parser.add_argument("--text", default="bundled")
-    parser.add_argument("--splits", type=int, default=5, help="how many of them to run")
-    parser.add_argument("--of-splits", type=int, default=5, help="that the text is cut for")
-    parser.add_argument("--blocks", type=int, default=10)
-    parser.add_argument("--held-out-blocks", dest="held_out", type=int, help="as --blocks")
-    parser.add_argument("--block-length", dest="length", type=int, default=128)
-    parser.add_argument("--dropped", type=int, nargs="+", default=[3, 6, 9, 12])
+    add_options(parser)
     parser.add_argument("--timed", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--cache", default=None, help="folder; by default the user's")
-    options = parser.parse_args()
-    options.held_out = options.held_out or options.blocks
-    options.of_splits = max(options.of_splits, options.splits)
-    return options
+    return parser.parse_args()
 
 
 def _describe(resources: Resources) -> None:
