@@ -21,6 +21,7 @@ from core.accuracy import (
     parse_tasks,
 )
 from core.errors import LayerShapError
+from ui.chart import Chart
 from ui.figures import accuracy_chart, empty_figure
 from ui.figures.accuracy import HOW_TO_READ
 from ui.parts import read_line
@@ -43,7 +44,7 @@ class AccuracyView:
     others: gr.Textbox
     folder: gr.Textbox
     measure: gr.Button
-    chart: gr.Plot
+    chart: Chart
     table: gr.Dataframe
 
     @property
@@ -99,8 +100,12 @@ def accuracy_view(settings: AppSettings) -> AccuracyView:
             if not installed():
                 read_line(INSTALL)
     gr.Markdown("### Zero-shot accuracy of the full and the pruned model")
-    chart = gr.Plot(empty_figure(NOTHING_YET), show_label=False, elem_id="accuracy-chart")
-    read_line(HOW_TO_READ)
+    chart = Chart(
+        empty_figure(NOTHING_YET),
+        name="Accuracy of the full and the pruned model",
+        how_to_read=HOW_TO_READ,
+        elem_id="accuracy-chart",
+    )
     table = gr.Dataframe(
         headers=COLUMNS,
         label="Accuracy ± standard error",

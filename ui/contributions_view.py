@@ -9,13 +9,13 @@ from typing import Any
 import gradio as gr
 
 from core.contributions import Contributions
+from ui.chart import Chart
 from ui.figures import contribution_bars, contribution_heatmap, empty_figure, surrogate_scatter
 from ui.figures.contributions import (
     BARS_HOW_TO_READ,
     HEATMAP_HOW_TO_READ,
     SCATTER_HOW_TO_READ,
 )
-from ui.parts import read_line
 from ui.session import Session
 
 OPERATING_RANGE = "Operating range"
@@ -32,9 +32,9 @@ class ContributionsView:
     value: gr.Radio
     order: gr.Radio
     note: gr.HTML
-    bars: gr.Plot
-    heatmap: gr.Plot
-    scatter: gr.Plot
+    bars: Chart
+    heatmap: Chart
+    scatter: Chart
     verdict: gr.HTML
 
     def draw(self, session: Session, value: str, order: str) -> dict[Any, Any]:
@@ -54,7 +54,6 @@ class ContributionsView:
             self.bars: contribution_bars(
                 shown,
                 session.players,
-                dropped=session.dropped,
                 sort="depth" if order == "By depth" else "rank",
             ),
             self.heatmap: contribution_heatmap(shown, session.players),
@@ -80,16 +79,28 @@ def contributions_view() -> ContributionsView:
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=340):
             gr.Markdown("### What each layer is worth")
-            bars = gr.Plot(empty, show_label=False, elem_id="bars")
-            read_line(BARS_HOW_TO_READ)
+            bars = Chart(
+                empty,
+                name="What each layer is worth",
+                how_to_read=BARS_HOW_TO_READ,
+                elem_id="bars",
+            )
         with gr.Column(scale=6, min_width=340):
             gr.Markdown("### Can the ranking be trusted?")
             verdict = gr.HTML(elem_id="verdict")
-            scatter = gr.Plot(empty, show_label=False, elem_id="scatter")
-            read_line(SCATTER_HOW_TO_READ)
+            scatter = Chart(
+                empty,
+                name="Predicted against measured perplexity",
+                how_to_read=SCATTER_HOW_TO_READ,
+                elem_id="scatter",
+            )
             gr.Markdown("### Worth by number of layers kept")
-            heatmap = gr.Plot(empty, show_label=False, elem_id="heatmap")
-            read_line(HEATMAP_HOW_TO_READ)
+            heatmap = Chart(
+                empty,
+                name="Worth by number of layers kept",
+                how_to_read=HEATMAP_HOW_TO_READ,
+                elem_id="heatmap",
+            )
     return ContributionsView(value, order, note, bars, heatmap, scatter, verdict)
 
 

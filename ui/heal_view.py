@@ -26,6 +26,7 @@ from core.healing import (
 from core.models import LayeredModel
 from core.pruning import prune
 from core.publishing import push
+from ui.chart import Chart
 from ui.figures import empty_figure, healing_curve
 from ui.figures.healing import HOW_TO_READ
 from ui.measured import perplexity_text
@@ -69,7 +70,7 @@ class HealView:
     rank: gr.Slider
     learning_rate: gr.Number
     heal: gr.Button
-    chart: gr.Plot
+    chart: Chart
     figures: gr.HTML
     name: gr.Textbox
     save: gr.Button
@@ -97,8 +98,12 @@ def heal_view(settings: AppSettings) -> HealView:
             start = gr.Button("Heal", variant="primary", elem_id="heal")
         with gr.Column(scale=3, min_width=340):
             gr.Markdown("### Loss while healing")
-            chart = gr.Plot(empty_figure(NOT_HEALED), show_label=False, elem_id="healing-chart")
-            read_line(HOW_TO_READ)
+            chart = Chart(
+                empty_figure(NOT_HEALED),
+                name="Loss while healing",
+                how_to_read=HOW_TO_READ,
+                elem_id="healing-chart",
+            )
     figures = gr.HTML(elem_id="healed-figures")
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=320):

@@ -12,6 +12,7 @@ import numpy as np
 from core.errors import LayerShapError
 from core.masks import leave_out
 from core.players import Players
+from ui.chart import Chart
 from ui.figures import empty_figure, interaction_graph, interaction_heatmap, pair_utilities
 from ui.figures.interactions import (
     GRAPH_HOW_TO_READ,
@@ -19,23 +20,24 @@ from ui.figures.interactions import (
     PAIR_HOW_TO_READ,
     strongest_pairs,
 )
-from ui.parts import read_line
 from ui.session import Session
 from ui.status import guarded, news, progress_bar
 
 NOTHING_YET = "Press Analyse: interactions appear here while masks are measured."
-NO_PAIR = "Choose a pair in the list, or type two layers, and press Measure."
+NO_PAIR = "No pair chosen yet."
+PICK = "Press a cell or an arc above, a row of the list, or name two layers here."
 
 
 @dataclass(frozen=True)
 class InteractionsView:
-    heatmap: gr.Plot
-    graph: gr.Plot
+    heatmap: Chart
+    graph: Chart
     pairs: gr.Dataframe
+    picker: gr.HTML
     first: gr.Textbox
     second: gr.Textbox
     measure: gr.Button
-    utilities: gr.Plot
+    utilities: Chart
 
     def draw(self, session: Session) -> dict[Any, Any]:
         """Updates that show the session's interactions."""
@@ -45,7 +47,7 @@ class InteractionsView:
         interactions = session.analysis.estimates.interactions
         return {
             self.heatmap: interaction_heatmap(interactions, session.players),
-            self.graph: interaction_graph(interactions, session.players, dropped=session.dropped),
+            self.graph: interaction_graph(interactions, session.players),
             self.pairs: strongest_pairs(interactions, players=session.players),
         }
 
@@ -56,12 +58,20 @@ def interactions_view() -> InteractionsView:
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=340):
             gr.Markdown("### Every pair of layers")
-            heatmap = gr.Plot(empty, show_label=False, elem_id="interaction-heatmap")
-            read_line(HEATMAP_HOW_TO_READ)
+            heatmap = Chart(
+                empty,
+                name="Interaction of every pair of layers",
+                how_to_read=HEATMAP_HOW_TO_READ,
+                elem_id="interaction-heatmap",
+            )
         with gr.Column(scale=1, min_width=340):
             gr.Markdown("### The strongest pairs")
-            graph = gr.Plot(empty, show_label=False, elem_id="interaction-graph")
-            read_line(GRAPH_HOW_TO_READ)
+            graph = Chart(
+                empty,
+                name="The strongest pairs of layers",
+                how_to_read=GRAPH_HOW_TO_READ,
+                elem_id="interaction-graph",
+            )
             pairs = gr.Dataframe(
                 headers=["layer i", "layer j", "interaction", "standard error", "meaning"],
                 label="Strongest pairs: choose a row to measure it",
@@ -72,19 +82,45 @@ def interactions_view() -> InteractionsView:
     gr.Markdown("### The four utilities behind a pair")
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=260):
+            picker = gr.HTML(
+                f'<p class="ls-read">{PICK}</p>',
+                js_on_load="LayerShap.usePairs((pair) => trigger('select', { pair }));",
+                elem_id="pair-picker",
+            )
             first = gr.Textbox("0", label="First layer", max_length=10)
             second = gr.Textbox("1", label="Second layer", max_length=10)
             measure = gr.Button("Measure this pair", elem_id="measure-pair")
         with gr.Column(scale=3, min_width=340):
-            utilities = gr.Plot(empty_figure(NO_PAIR), show_label=False, elem_id="pair")
-            read_line(PAIR_HOW_TO_READ)
-    return InteractionsView(heatmap, graph, pairs, first, second, measure, utilities)
+            utilities = Chart(
+                empty_figure(NO_PAIR),
+                name="The four utilities behind a pair",
+                how_to_read=PAIR_HOW_TO_READ,
+                elem_id="pair",
+            )
+    return InteractionsView(heatmap, graph, pairs, picker, first, second, measure, utilities)
 
 
 def chosen_pair(event: gr.SelectData, rows: Any) -> tuple[str, str]:
     """The labels of the pair in the list's row that was clicked."""
     row = rows.iloc[event.index[0]]
     return str(row.iloc[0]), str(row.iloc[1])
+
+
+def pressed_pair(session: Session, event: gr.EventData) -> tuple[str, str]:
+    """The labels of the pair that was pressed in a chart.
+
+    Raises:
+        LayerShapError: the page sent something else.
+    """
+    pair = event._data.get("pair") if isinstance(event._data, dict) else None
+    players = session.players
+    if not (
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(type(player) is int and 0 <= player < players.count for player in pair)
+    ):
+        raise LayerShapError("The chart sent something that is not a pair of layers.")
+    return players.label(pair[0]), players.label(pair[1])
 
 
 def pair_handler(view: InteractionsView, status: gr.HTML) -> Any:

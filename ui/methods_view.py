@@ -20,6 +20,7 @@ from core.methods import (
 )
 from core.players import Players
 from core.selection import METHOD
+from ui.chart import Chart
 from ui.figures import (
     agreement_heatmap,
     empty_figure,
@@ -35,7 +36,6 @@ from ui.figures.methods import (
     COST_HOW_TO_READ,
     MAP_HOW_TO_READ,
 )
-from ui.parts import read_line
 from ui.session import Session, StopSignals
 from ui.setup_view import REFRESH_SECONDS, whole
 from ui.status import duration, guarded, news, progress_bar
@@ -53,13 +53,13 @@ class MethodsView:
     compare: gr.Button
     price: gr.HTML
     axis: gr.Radio
-    chart: gr.Plot
+    chart: Chart
     shown: gr.Slider
     method: gr.Dropdown
     take: gr.Button
-    spent: gr.Plot
-    map: gr.Plot
-    agreement: gr.Plot
+    spent: Chart
+    map: Chart
+    agreement: Chart
 
     def draw(self, comparison: MethodsComparison | None, axis: str = BY_DEPTH) -> dict[Any, Any]:
         """Updates that show a comparison, or what to do to see one."""
@@ -129,8 +129,12 @@ def methods_view() -> MethodsView:
     axis = gr.Radio(
         list(AXES), value=BY_DEPTH, label="Against what is saved", elem_id="methods-axis"
     )
-    chart = gr.Plot(empty_figure(NOTHING_YET), show_label=False, elem_id="methods-chart")
-    read_line(CHART_HOW_TO_READ)
+    chart = Chart(
+        empty_figure(NOTHING_YET),
+        name="Held-out perplexity of every method",
+        how_to_read=CHART_HOW_TO_READ,
+        elem_id="methods-chart",
+    )
     with gr.Row(equal_height=False):
         shown = gr.Slider(
             1, DEFAULT_DEEPEST, value=DEFAULT_SHOWN, step=1, label="Layers dropped", scale=2
@@ -142,17 +146,27 @@ def methods_view() -> MethodsView:
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=340):
             gr.Markdown("### Which layers each drops")
-            layers = gr.Plot(empty_figure(NOT_COMPARED), show_label=False, elem_id="methods-map")
-            read_line(MAP_HOW_TO_READ)
+            layers = Chart(
+                empty_figure(NOT_COMPARED),
+                name="Which layers each method drops",
+                how_to_read=MAP_HOW_TO_READ,
+                elem_id="methods-map",
+            )
         with gr.Column(scale=2, min_width=340):
             gr.Markdown("### How far they agree")
-            agreement = gr.Plot(
-                empty_figure(NOT_COMPARED), show_label=False, elem_id="methods-agreement"
+            agreement = Chart(
+                empty_figure(NOT_COMPARED),
+                name="How far methods agree",
+                how_to_read=AGREEMENT_HOW_TO_READ,
+                elem_id="methods-agreement",
             )
-            read_line(AGREEMENT_HOW_TO_READ)
     gr.Markdown("### What each choice took")
-    spent = gr.Plot(empty_figure(NOT_COMPARED), show_label=False, elem_id="methods-spent")
-    read_line(COST_HOW_TO_READ)
+    spent = Chart(
+        empty_figure(NOT_COMPARED),
+        name="Perplexity against evaluations spent",
+        how_to_read=COST_HOW_TO_READ,
+        elem_id="methods-spent",
+    )
     return MethodsView(
         methods, deepest, compare, price, axis, chart, shown, method, take, spent, layers, agreement
     )

@@ -9,11 +9,16 @@ import gradio as gr
 from core.analysis import AnalysisSettings
 from core.masks import default_strata
 from core.players import Players
+from core.study import Comparison
 from ui.accuracy_view import accuracy_handler, accuracy_view
+from ui.chart import page_head
 from ui.contributions_view import contributions_view
+from ui.guide import guide, guide_value
 from ui.heal_view import KEPT_SECONDS, HealHandlers, heal_view
-from ui.interactions_view import chosen_pair, interactions_view, pair_handler
+from ui.interactions_view import chosen_pair, interactions_view, pair_handler, pressed_pair
 from ui.methods_view import cost_line, methods_handler, methods_view
+from ui.opening import LOADING as LOADING_MODEL
+from ui.opening import first_session, link_handler, model_handler
 from ui.prune_view import PruneHandlers, prune_view
 from ui.session import Session, StopSignals
 from ui.settings import AppSettings
@@ -24,7 +29,7 @@ from ui.setup_view import (
     load_handler,
     setup_view,
 )
-from ui.status import news
+from ui.status import progress_bar
 from ui.strip import layer_strip, strip_value
 from ui.study_view import clear_handler, open_handler, study_view
 from ui.theme import STYLESHEET, theme
@@ -40,16 +45,23 @@ HEAD = (
 LOADING, ANALYSING, MEASURING = "loading", "analysing", "measuring"
 
 
+CLIENT = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+
+
 def build(settings: AppSettings) -> gr.Blocks:
     """The whole dashboard, ready to launch."""
     workspaces, stops = Workspaces(), StopSignals()
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
-        session = gr.State(Session())
-        selection, tried, compared = gr.State(()), gr.State(()), gr.State(None)
+        initial = first_session(settings)
+        session = gr.State(initial)
+        selection, tried, compared = gr.State(()), gr.State(initial.comparisons), gr.State(None)
         healed = gr.State(None, time_to_live=KEPT_SECONDS)
         gr.HTML(HEAD)
-        model_line = gr.HTML(describe(Session()), elem_id="model-line")
-        with gr.Accordion("Set-up: model, text and analysis settings", open=False):
+        steps = guide(initial)
+        model_line = gr.HTML(describe(initial), elem_id="model-line")
+        with gr.Accordion(
+            "Set-up: model, text and analysis settings", open=False, elem_id="set-up"
+        ):
             setup = setup_view(settings)
         with gr.Row(equal_height=True, elem_id="run-bar"):
             evaluations = gr.Number(
@@ -65,23 +77,23 @@ def build(settings: AppSettings) -> gr.Blocks:
             )
             stop = gr.Button("Stop", scale=0, min_width=90, elem_id="stop")
             status = gr.HTML(
-                news("Loading the bundled model…"), elem_id="status", elem_classes="ls-status"
+                progress_bar(LOADING_MODEL, None), elem_id="status", elem_classes="ls-status"
             )
-        strip = layer_strip()
-        with gr.Tabs():
-            with gr.Tab("Layer contributions"):
+        strip = layer_strip(initial)
+        with gr.Tabs(overflow_behavior="wrap", elem_id="views") as views:
+            with _tab("Layer contributions"):
                 contributions = contributions_view()
-            with gr.Tab("Interactions"):
+            with _tab("Interactions"):
                 interactions = interactions_view()
-            with gr.Tab("Methods") as methods_tab:
+            with _tab("Methods") as methods_tab:
                 methods = methods_view()
-            with gr.Tab("Prune and compare"):
+            with _tab("Prune and compare"):
                 pruning = prune_view()
-            with gr.Tab("Accuracy"):
+            with _tab("Accuracy"):
                 accuracy = accuracy_view(settings)
-            with gr.Tab("Heal and share"):
+            with _tab("Heal and share"):
                 healing = heal_view(settings)
-            with gr.Tab("Study") as study_tab:
+            with _tab("Study") as study_tab:
                 study = study_view(study_tab)
 
         values = [contributions.value, contributions.order]
@@ -114,16 +126,6 @@ def build(settings: AppSettings) -> gr.Blocks:
             chosen = current.dropping(dropped)
             return {**draw(chosen, value, order), **pruning.draw_selection(chosen)}
 
-        def draw_marks(
-            current: Session, dropped: tuple[int, ...], value: str, order: str
-        ) -> tuple[Any, Any]:
-            """The charts that show which layers are dropped."""
-            chosen = current.dropping(dropped)
-            return (
-                contributions.draw(chosen, value, order)[contributions.bars],
-                interactions.draw(chosen)[interactions.graph],
-            )
-
         charts = list(draw(Session(), "", "").keys())
         chosen_views = [pruning.dropped, pruning.predicted, pruning.recipe]
         results = [*charts, pruning.predicted]
@@ -133,7 +135,6 @@ def build(settings: AppSettings) -> gr.Blocks:
         methods_views = list(methods.draw(None).keys())
         methods_choices = list(methods.draw_choices(Session()).keys())
         healing_views = list(healing.draw_nothing().keys())
-        marks = [contributions.bars, interactions.graph]
         handlers = PruneHandlers(pruning, stops, selection, tried, status, strip)
 
         # Set-up
@@ -171,7 +172,14 @@ def build(settings: AppSettings) -> gr.Blocks:
             *accuracy_views,
             *healing_views,
         ]
-        for event in (
+
+        def draw_steps(current: Session, sets: tuple[Comparison, ...]) -> list[dict[str, Any]]:
+            return guide_value(current, bool(sets))
+
+        def show_steps(event: Any) -> None:
+            event.then(draw_steps, [session, tried], steps, **quiet)
+
+        show_steps(
             setup.load.click(
                 load,
                 setup.load_inputs,
@@ -180,33 +188,26 @@ def build(settings: AppSettings) -> gr.Blocks:
                 concurrency_limit=1,
                 api_name="load",
                 **heavy,
-            ),
-            page.load(
-                load,
-                setup.load_inputs,
-                loaded,
-                concurrency_id=LOADING,
-                concurrency_limit=1,
-                **quiet,
-            ),
-        ):
-            event.then(draw_all, shown, everything, **quiet).then(
-                methods.draw_choices, session, methods_choices, **quiet
             )
+            .then(draw_all, shown, everything, **quiet)
+            .then(methods.draw_choices, session, methods_choices, **quiet)
+        )
         setup.preset.change(
             _preset, [setup.preset, session], [evaluations, setup.strata, setup.surrogate], **quiet
         )
 
         # Analysis
-        start.click(
-            analyse_handler(settings, stops, session, status, strip, draw),
-            [session, evaluations, *setup.run_inputs, *values],
-            [session, status, strip, *charts],
-            concurrency_id=ANALYSING,
-            concurrency_limit=1,
-            api_name="analyze",
-            **heavy,
-        ).then(draw_results, shown, results, **quiet)
+        show_steps(
+            start.click(
+                analyse_handler(settings, stops, session, status, strip, draw),
+                [session, evaluations, *setup.run_inputs, *values],
+                [session, status, strip, *charts],
+                concurrency_id=ANALYSING,
+                concurrency_limit=1,
+                api_name="analyze",
+                **heavy,
+            ).then(draw_results, shown, results, **quiet)
+        )
 
         def stop_work(request: gr.Request) -> None:
             stops.stop(request.session_hash)
@@ -226,6 +227,9 @@ def build(settings: AppSettings) -> gr.Blocks:
         }
         interactions.pairs.select(
             chosen_pair, interactions.pairs, [interactions.first, interactions.second], **quiet
+        ).then(**pair, api_visibility="private")
+        interactions.picker.select(
+            pressed_pair, session, [interactions.first, interactions.second], **quiet
         ).then(**pair, api_visibility="private")
         interactions.measure.click(**pair, api_name="pair")
 
@@ -253,57 +257,56 @@ def build(settings: AppSettings) -> gr.Blocks:
 
         # Prune and compare
         chosen = [selection, *chosen_views, status]
-        for event in (
-            # Each click tells the whole selection: of quick ones the last must not be lost.
-            strip.select(
-                handlers.clicked,
-                session,
-                chosen,
-                queue=False,
-                trigger_mode="always_last",
-                **quiet,
-            ),
-            pruning.dropped.submit(
-                handlers.typed,
-                [session, pruning.dropped],
-                [*chosen, strip],
-                api_name="select",
-                **heavy,
-            ),
-            pruning.drop_least.click(
-                handlers.drop_least,
-                [session, pruning.count],
-                [*chosen, strip],
-                api_name="drop_least",
-                **heavy,
-            ),
-            pruning.keep_all.click(handlers.keep_all, session, [*chosen, strip], **quiet),
-            pruning.target.find.click(
-                handlers.find,
-                [session, *pruning.target.inputs],
-                [*chosen, strip],
-                concurrency_id=ANALYSING,
-                concurrency_limit=1,
-                api_name="find",
-                **heavy,
-            ),
-            methods.take.click(
-                handlers.take,
-                [session, compared, methods.method, methods.shown],
-                [*chosen, strip],
-                api_name="take_set",
-                **heavy,
-            ),
-        ):
-            event.then(draw_marks, shown, marks, **quiet)
-        pruning.measure.click(
-            handlers.measure,
-            [session, pruning.dropped, tried],
-            [tried, status, pruning.figures, *tried_views],
-            concurrency_id=MEASURING,
-            concurrency_limit=1,
-            api_name="compare",
+        # Each click tells the whole selection: of quick ones the last must not be lost.
+        strip.select(
+            handlers.clicked,
+            session,
+            chosen,
+            queue=False,
+            trigger_mode="always_last",
+            **quiet,
+        )
+        pruning.dropped.submit(
+            handlers.typed,
+            [session, pruning.dropped],
+            [*chosen, strip],
+            api_name="select",
             **heavy,
+        )
+        pruning.drop_least.click(
+            handlers.drop_least,
+            [session, pruning.count],
+            [*chosen, strip],
+            api_name="drop_least",
+            **heavy,
+        )
+        pruning.keep_all.click(handlers.keep_all, session, [*chosen, strip], **quiet)
+        pruning.target.find.click(
+            handlers.find,
+            [session, *pruning.target.inputs],
+            [*chosen, strip],
+            concurrency_id=ANALYSING,
+            concurrency_limit=1,
+            api_name="find",
+            **heavy,
+        )
+        methods.take.click(
+            handlers.take,
+            [session, compared, methods.method, methods.shown],
+            [*chosen, strip],
+            api_name="take_set",
+            **heavy,
+        )
+        show_steps(
+            pruning.measure.click(
+                handlers.measure,
+                [session, pruning.dropped, tried],
+                [tried, status, pruning.figures, *tried_views],
+                concurrency_id=MEASURING,
+                concurrency_limit=1,
+                api_name="compare",
+                **heavy,
+            )
         )
         pruning.go_on.click(
             handlers.go_on,
@@ -390,30 +393,66 @@ def build(settings: AppSettings) -> gr.Blocks:
                 **study.draw(opened, opened.comparisons),
             }
 
-        study.upload.upload(
-            open_handler(session, status, show),
-            study.upload,
-            [
+        def show_link(opened: Session, dropped: tuple[int, ...]) -> dict[Any, Any]:
+            chosen = opened.dropping(dropped)
+            return {
+                **show(chosen),
+                selection: chosen.dropped,
+                strip: gr.update(value=strip_value(chosen), dropped=list(chosen.dropped)),
+            }
+
+        opened = [
+            session,
+            selection,
+            tried,
+            compared,
+            healed,
+            status,
+            model_line,
+            strip,
+            *everything,
+            *methods_views,
+            *methods_choices,
+            *healing_views,
+            *tried_views,
+            *accuracy_views,
+            *study_files,
+        ]
+        show_steps(
+            page.load(
+                link_handler(session, views, status, show_link),
                 session,
-                selection,
-                tried,
-                compared,
-                healed,
-                status,
-                model_line,
-                strip,
-                *everything,
-                *methods_views,
-                *methods_choices,
-                *healing_views,
-                *tried_views,
-                *accuracy_views,
-                *study_files,
-            ],
-            api_name="open_study",
-            **heavy,
+                [*opened, views],
+                queue=False,
+                **quiet,
+            )
+            .then(
+                model_handler(settings, workspaces, session, status, model_line),
+                session,
+                [session, status, model_line],
+                concurrency_id=LOADING,
+                concurrency_limit=1,
+                **quiet,
+            )
+            .then(methods.draw_choices, session, methods_choices, **quiet)
+        )
+        show_steps(
+            study.upload.upload(
+                open_handler(session, status, show),
+                study.upload,
+                opened,
+                api_name="open_study",
+                **heavy,
+            )
         )
         study.clear.click(clear_handler(study, status), None, [study.cache, status], **quiet)
+        _start_with(
+            {
+                **draw(initial, contributions.value.value, contributions.order.value),
+                **pruning.draw_selection(initial),
+                **pruning.draw_tried(initial.comparisons, initial.players),
+            }
+        )
     page.queue(default_concurrency_limit=8)
     return page
 
@@ -426,10 +465,31 @@ def launch(settings: AppSettings) -> None:
         share=settings.share,
         theme=theme(),
         css_paths=STYLESHEET,
+        head=page_head(),
         max_file_size=f"{settings.max_upload_mb}mb",
         footer_links=["api", "settings"],
         show_error=True,
     )
+
+
+def _tab(name: str) -> gr.Tab:
+    """A tab that the page's address knows."""
+    view = name.lower().replace(" ", "-")
+    tab = gr.Tab(name, id=view)
+    tab.select(None, None, None, js=f"() => LayerShap.remember({{view: '{view}'}})", **CLIENT)
+    return tab
+
+
+def _start_with(updates: dict[Any, Any]) -> None:
+    """Make updates part of the page itself, so that it opens with them."""
+    for component, update in updates.items():
+        changes = update if isinstance(update, dict) and "__type__" in update else {"value": update}
+        for name, value in changes.items():
+            if name == "value":
+                drawn = component.postprocess(value)
+                component.value = drawn.model_dump() if hasattr(drawn, "model_dump") else drawn
+            elif name != "__type__":
+                setattr(component, name, value)
 
 
 def _preset(chosen: str, session: Session) -> tuple[int, str, str]:

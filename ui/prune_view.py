@@ -21,6 +21,7 @@ from core.methods import MethodsComparison
 from core.players import Players
 from core.pruning import continue_prompt, mergekit_yaml, prune, save_pruned
 from core.study import Comparison, TextInfo, with_comparison
+from ui.chart import Chart
 from ui.figures import comparison_chart, empty_figure
 from ui.figures.comparisons import HOW_TO_READ
 from ui.measured import MeasuredFigures, perplexity_text
@@ -49,7 +50,7 @@ class PruneView:
     predicted: gr.HTML
     measure: gr.Button
     figures: gr.HTML
-    chart: gr.Plot
+    chart: Chart
     tried: gr.Dataframe
     prompt: gr.Textbox
     new_tokens: gr.Slider
@@ -108,8 +109,12 @@ def prune_view() -> PruneView:
             figures = gr.HTML(elem_id="figures")
         with gr.Column(scale=6, min_width=340):
             gr.Markdown("### Every set tried")
-            chart = gr.Plot(empty_figure(NOTHING_TRIED), show_label=False, elem_id="tried-chart")
-            read_line(HOW_TO_READ)
+            chart = Chart(
+                empty_figure(NOTHING_TRIED),
+                name="Perplexity of every set tried",
+                how_to_read=HOW_TO_READ,
+                elem_id="tried-chart",
+            )
             tried = gr.Dataframe(
                 headers=TRIED_COLUMNS,
                 label="Perplexities of the sets tried",

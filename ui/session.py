@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from core.analysis import Analysis
 from core.errors import LayerShapError
 from core.masks import leave_out
-from core.models import ModelInfo
+from core.models import BUNDLED, ModelInfo
 from core.players import Players
 from core.study import Comparison, Study, TextInfo
 from ui.workspace import Workspace
@@ -20,6 +20,9 @@ from ui.workspace import Workspace
 @dataclass(frozen=True)
 class Session:
     """A visitor's model, results and selection; `workspace` is None for an opened study.
+
+    `origin` is the study that the analysis was read from, if it was; it says what measured it.
+    `study_id` names the study in the page's address.
 
     On the page the selection and the sets tried are states of their own, because clicks and
     measurements go on while an analysis writes its results; handlers put them together.
@@ -31,21 +34,38 @@ class Session:
     analysis: Analysis | None = None
     comparisons: tuple[Comparison, ...] = ()
     dropped: tuple[int, ...] = ()
-    player_parameters: tuple[int, ...] = ()
+    origin: Study | None = None
+    study_id: str | None = None
 
     @classmethod
     def of_workspace(cls, workspace: Workspace) -> Session:
         return cls(workspace=workspace, model=workspace.model.info, text=workspace.text_info)
 
     @classmethod
-    def of_study(cls, study: Study) -> Session:
+    def of_study(cls, study: Study, study_id: str | None = None) -> Session:
         return cls(
             model=study.model,
             text=study.text,
             analysis=study.analysis,
             comparisons=study.comparisons,
-            player_parameters=study.parameters,
+            origin=study,
+            study_id=study_id,
         )
+
+    def fits(self, workspace: Workspace) -> bool:
+        """Whether the analysis is of this model, text and kind of players."""
+        return (
+            self.analysis is not None
+            and self.model is not None
+            and self.text is not None
+            and _same_weights(self.model, workspace.model.info)
+            and self.text == workspace.text_info
+            and self.players == workspace.calibration.players
+        )
+
+    def analysed(self, analysis: Analysis) -> Session:
+        """The same session with results of its own."""
+        return replace(self, analysis=analysis, origin=None, study_id=None)
 
     @property
     def n_layers(self) -> int:
@@ -95,10 +115,15 @@ class Session:
         analysis = self.need_analysis()
         assert self.model is not None
         assert self.text is not None
-        parameters = self.player_parameters
-        if self.workspace is not None:
-            parameters = self.workspace.model.player_parameters(self.players.kind)
+        if self.origin is not None:
+            return replace(self.origin, comparisons=self.comparisons)
+        parameters = self.need_workspace().model.player_parameters(self.players.kind)
         return Study(analysis, self.model, self.text, self.comparisons, parameters)
+
+
+def _same_weights(measured: ModelInfo, loaded: ModelInfo) -> bool:
+    """The bundled weights are known by their checksum, whatever number format they run in."""
+    return measured.fingerprint == loaded.fingerprint or measured.source == loaded.source == BUNDLED
 
 
 class StopSignals:

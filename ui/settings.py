@@ -73,12 +73,16 @@ class AppSettings:
             max_upload_mb=_whole(environment, "LAYERSHAP_MAX_UPLOAD_MB", cls.max_upload_mb),
         )
 
+    def allows(self, source: str) -> bool:
+        """Whether visitors may load this model."""
+        return self.allowed_models is None or source in self.allowed_models
+
     def check_model(self, source: str) -> None:
         """Raises LayerShapError where visitors may not load this model."""
-        if self.allowed_models is not None and source not in self.allowed_models:
+        if not self.allows(source):
             raise LayerShapError(
                 "This dashboard's owner allows only these models: "
-                f"{', '.join(self.allowed_models)}."
+                f"{', '.join(self.allowed_models or ())}."
             )
 
     @property

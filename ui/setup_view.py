@@ -19,6 +19,7 @@ from core.models import BUNDLED, DEVICES, DTYPES
 from core.surrogate import KINDS
 from core.text import BUNDLED as BUNDLED_TEXT
 from core.text import WIKITEXT
+from ui import shelf
 from ui.session import Session, StopSignals
 from ui.settings import AppSettings
 from ui.status import duration, guarded, news, progress_bar, streamed
@@ -240,6 +241,9 @@ def load_handler(
                 yield {status: progress_bar(*item)}
             else:
                 loaded = Session.of_workspace(item)
+        ready_made = Session.of_study(shelf.ready_made())
+        if ready_made.fits(loaded.workspace):
+            loaded = replace(ready_made, workspace=loaded.workspace, model=loaded.model)
         yield {
             session: loaded,
             status: news("Ready. Analyse the layers, or choose some to drop and measure."),
@@ -317,7 +321,7 @@ def analyse_handler(
         shown = 0.0
         for step in run(workspace.calibration, chosen, stop.is_set):
             if step.analysis is not None:
-                current = replace(current, analysis=step.analysis)
+                current = current.analysed(step.analysis)
                 yield {
                     session: current,
                     strip: gr.update(value=strip_value(current)),
@@ -327,7 +331,15 @@ def analyse_handler(
                 continue
             shown = time.monotonic()
             yield {status: _progress(step)}
-        yield {status: news(_summary(step, current))}
+        if step.stage != "Done":
+            yield {status: news(_summary(step, current))}
+            return
+        current = replace(current, study_id=shelf.keep(current.study()))
+        yield {
+            session: current,
+            strip: gr.update(value=strip_value(current)),
+            status: news(_summary(step, current)),
+        }
 
     return analyse
 
@@ -365,7 +377,20 @@ def describe(session: Session) -> str:
     where = "" if session.workspace else " (opened from a saved study; the model is not loaded)"
     return (
         f'<p class="ls-model"><b>{escape(model.name)}</b>{where} · '
-        f"{' · '.join(map(escape, parts))}</p>"
+        f"{' · '.join(map(escape, parts))}{_origin(session)}</p>"
+    )
+
+
+def _origin(session: Session) -> str:
+    """What measured the study on screen, where it was not measured here."""
+    study = session.origin
+    if study is None:
+        return ""
+    analysis = study.analysis
+    return (
+        f" · study of {len(analysis.masks)} masks, measured in {escape(study.model.dtype)} on "
+        f"{escape(study.model.device)}, seed {analysis.settings.seed}, "
+        f"{escape(study.created[:10])}"
     )
 
 

@@ -34,6 +34,7 @@ SCRIPT = """
 let focused = 0;
 let held = false;
 const buttons = () => Array.from(element.querySelectorAll('.ls-player'));
+const numberOf = (button) => Number(button.dataset.player);
 const focusOn = (index) => {
   const all = buttons();
   if (!all.length) return;
@@ -41,18 +42,35 @@ const focusOn = (index) => {
   all.forEach((b, i) => { b.tabIndex = i === focused ? 0 : -1; });
   all[focused].focus();
 };
+const choose = (after) => {
+  props.dropped = [...after].sort((a, b) => a - b);
+  LayerShap.useDropped(props.dropped);
+  remember();
+  trigger('select', { dropped: props.dropped });
+};
+const toggle = (player) => choose(
+  props.dropped.includes(player)
+    ? props.dropped.filter((other) => other !== player)
+    : [...props.dropped, player]
+);
+const remember = () => {
+  const labels = {};
+  for (const part of props.value.layers.flat()) labels[part.player] = part.label;
+  LayerShap.remember({
+    study: props.value.study,
+    drop: props.dropped.map((player) => labels[player]).join(','),
+  });
+};
+const mark = (players) => buttons().forEach(
+  (b) => b.classList.toggle('ls-marked', players.includes(numberOf(b)))
+);
+LayerShap.useStrip({ choose, toggle, mark });
 element.addEventListener('click', (event) => {
   const button = event.target.closest('.ls-player');
   if (!button) return;
-  const player = Number(button.dataset.player);
-  const before = props.dropped;
-  const after = before.includes(player)
-    ? before.filter((other) => other !== player)
-    : [...before, player].sort((a, b) => a - b);
   held = true;
   focused = buttons().indexOf(button);
-  props.dropped = after;
-  trigger('select', { dropped: after });
+  toggle(numberOf(button));
   requestAnimationFrame(() => focusOn(focused));
 });
 element.addEventListener('keydown', (event) => {
@@ -63,15 +81,29 @@ element.addEventListener('keydown', (event) => {
   else return;
   event.preventDefault();
 });
-element.addEventListener('focusin', () => { held = true; });
-element.addEventListener('focusout', (event) => { if (event.relatedTarget) held = false; });
-watch(['value', 'dropped'], () => { if (held) focusOn(focused); });
+const markAt = (event) => {
+  const button = event.target.closest('.ls-player');
+  LayerShap.mark(button ? [numberOf(button)] : []);
+};
+element.addEventListener('pointerover', markAt);
+element.addEventListener('pointerleave', () => LayerShap.mark([]));
+element.addEventListener('focusin', (event) => { held = true; markAt(event); });
+element.addEventListener('focusout', (event) => {
+  LayerShap.mark([]);
+  if (event.relatedTarget) held = false;
+});
+watch(['value', 'dropped'], () => {
+  LayerShap.useDropped(props.dropped);
+  remember();
+  if (held) focusOn(focused);
+});
+LayerShap.useDropped(props.dropped);
 """
 
 
-def layer_strip() -> gr.HTML:
+def layer_strip(session: Session) -> gr.HTML:
     return gr.HTML(
-        {"layers": []},
+        strip_value(session),
         html_template=TEMPLATE,
         js_on_load=SCRIPT,
         apply_default_css=False,
@@ -105,7 +137,10 @@ def strip_value(session: Session) -> dict[str, Any]:
         for player in range(n)
     ]
     size = players.per_layer
-    return {"layers": [shown[first : first + size] for first in range(0, n, size)]}
+    return {
+        "layers": [shown[first : first + size] for first in range(0, n, size)],
+        "study": session.study_id or "",
+    }
 
 
 def strip_selection(session: Session) -> dict[str, Any]:

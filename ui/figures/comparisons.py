@@ -30,6 +30,7 @@ def comparison_chart(
         f"{c.calibration_pruned:.4g} (full model {c.calibration_full:.4g})"
         for c in comparisons
     ]
+    sets = {"sets": [list(c.dropped) for c in comparisons]}
     if comparisons:
         full = comparisons[-1].held_out_full
         figure.add_scatter(
@@ -67,6 +68,7 @@ def comparison_chart(
         y=[c.calibration_pruned for c in comparisons],
         mode="markers",
         marker={"size": 6, "color": CONTRAST, "symbol": "diamond"},
+        meta=sets,
         text=hover,
         hovertemplate="%{text}<extra></extra>",
     )
@@ -76,6 +78,7 @@ def comparison_chart(
         y=[c.held_out_pruned for c in comparisons],
         mode="markers",
         marker={"size": 10, "color": ACCENT},
+        meta=sets,
         text=hover,
         hovertemplate="%{text}<extra></extra>",
     )

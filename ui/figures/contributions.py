@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Literal
 
 import numpy as np
@@ -44,7 +43,6 @@ def contribution_bars(
     contributions: Contributions,
     players: Players | None = None,
     *,
-    dropped: Collection[int] = (),
     sort: Literal["rank", "depth"] = "rank",
 ) -> go.Figure:
     """Horizontal bars with 95 % whiskers, the most needed player on top."""
@@ -58,17 +56,12 @@ def contribution_bars(
     figure = base_figure(
         height=70 + max(6, n) * BAR_PIXELS, title_x="contribution to utility (needed more →)"
     )
-    gone = np.isin(order, list(dropped))
     labels = [players.name(player) for player in order]
     figure.add_bar(
         x=values[order],
         y=labels,
         orientation="h",
-        marker={
-            "color": [QUIET if g else ACCENT for g in gone],
-            "opacity": [0.45 if g else 1.0 for g in gone],
-            "pattern": {"shape": ["/" if g else "" for g in gone], "size": 5},
-        },
+        marker={"color": ACCENT},
         error_x={
             "type": "data",
             "symmetric": False,
@@ -78,12 +71,10 @@ def contribution_bars(
             "thickness": 1.2,
             "width": 2,
         },
-        customdata=[
-            _bar_hover(players.name(p), p, values, intervals, ranks, p in dropped) for p in order
-        ],
+        customdata=[_bar_hover(players.name(p), p, values, intervals, ranks) for p in order],
         hovertemplate="%{customdata}<extra></extra>",
     )
-    figure.update_layout(bargap=0.3)
+    figure.update_layout(bargap=0.3, meta={"order": order.tolist()})
     figure.update_yaxes(showgrid=False, tickfont={"size": 11}, dtick=1)
     figure.update_xaxes(zeroline=True, zerolinecolor=QUIET, zerolinewidth=1)
     return figure
@@ -118,6 +109,7 @@ def contribution_heatmap(contributions: Contributions, players: Players | None =
         ygap=1,
         **root_scale(by_size),
     )
+    figure.update_layout(meta={"x": "player"})
     figure.update_xaxes(showgrid=False, **player_ticks(players))
     sizes = contributions.sizes
     figure.update_yaxes(showgrid=False, tickvals=[int(sizes[i]) for i in layer_ticks(len(sizes))])
@@ -165,12 +157,12 @@ def surrogate_scatter(analysis: Analysis) -> go.Figure:
 
 
 def _bar_hover(
-    name: str, player: int, values: np.ndarray, intervals: np.ndarray, ranks: np.ndarray, gone: bool
+    name: str, player: int, values: np.ndarray, intervals: np.ndarray, ranks: np.ndarray
 ) -> str:
     low, high = intervals[player]
     overlapping = int(((intervals[:, 0] <= high) & (intervals[:, 1] >= low)).sum()) - 1
     return (
-        f"{name}{' (dropped)' if gone else ''}<br>contribution {number(values[player])}<br>"
+        f"{name}<br>contribution {number(values[player])}<br>"
         f"95 % interval {number(low)} to {number(high)}<br>rank {ranks[player]} of {len(values)}; "
         f"not told apart from {overlapping} other{'' if overlapping == 1 else 's'}"
     )

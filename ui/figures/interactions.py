@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -90,6 +90,7 @@ def interaction_heatmap(interactions: Interactions, players: Players | None = No
         ygap=1,
         **root_scale(values),
     )
+    figure.update_layout(meta={"x": "player", "y": "player"})
     ticks = player_ticks(players)
     figure.update_xaxes(showgrid=False, **ticks, constrain="domain")
     figure.update_yaxes(
@@ -103,7 +104,6 @@ def interaction_graph(
     players: Players | None = None,
     *,
     strongest: int = 12,
-    dropped: Collection[int] = (),
 ) -> go.Figure:
     """The strongest pairs as arcs over the line of players in depth order."""
     n = len(interactions.values)
@@ -125,6 +125,7 @@ def interaction_graph(
                 "width": 1 + 5 * abs(value) / (largest or 1.0),
             },
             opacity=0.75,
+            meta={"pair": [i, j]},
             text=f"{players.name(i)} and {players.name(j)}<br>interaction {signed(value)} ± "
             f"{number(error)}<br>{row[4]}",
             hovertemplate="%{text}<extra></extra>",
@@ -136,11 +137,11 @@ def interaction_graph(
         marker={
             "size": 9 if n <= 40 else 5,
             "color": QUIET,
-            "symbol": ["x-thin-open" if player in dropped else "circle" for player in range(n)],
         },
         text=[players.name(player) for player in range(n)],
         hovertemplate="%{text}<extra></extra>",
     )
+    figure.update_layout(meta={"x": "player"})
     figure.update_xaxes(showgrid=False, **player_ticks(players), range=[-1, n])
     figure.update_yaxes(visible=False)
     return figure

@@ -99,6 +99,7 @@ def methods_chart(comparison: MethodsComparison, axis: str = BY_DEPTH) -> go.Fig
                 "size": 8 if ours else 6,
                 "symbol": "circle" if ours else SYMBOLS[style % len(SYMBOLS)],
             },
+            meta={"sets": [list(chosen) for chosen in result.frontier.sets]},
             text=[_hover(comparison, result, k) for k in depths],
             hovertemplate="%{text}<extra></extra>",
         )
@@ -140,12 +141,14 @@ def methods_map(comparison: MethodsComparison, dropped: int) -> go.Figure:
         showscale=False,
         xgap=2,
         ygap=2,
+        meta={"rows": [list(r.frontier.sets[dropped - 1]) for r in ranked]},
         text=[
             [f"{players.name(p)} {'dropped' if row[p] else 'kept'}" for p in range(n)]
             for row in cells
         ],
         hovertemplate="%{y}<br>%{text}<extra></extra>",
     )
+    figure.update_layout(meta={"x": "player", "shows_dropped": False})
     figure.update_xaxes(**player_ticks(players), showgrid=False)
     figure.update_yaxes(autorange="reversed", showgrid=False)
     return figure
@@ -174,6 +177,7 @@ def methods_cost(comparison: MethodsComparison, dropped: int) -> go.Figure:
             textposition="top center",
             cliponaxis=False,
             marker={"size": 11, "color": ACCENT if _is_ours(result) else QUIET},
+            meta={"sets": [list(result.frontier.sets[dropped - 1])]},
             hovertext=[_hover(comparison, result, dropped)],
             hovertemplate="%{hovertext}<extra></extra>",
         )

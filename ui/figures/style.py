@@ -63,6 +63,7 @@ def base_figure(*, height: int, title_x: str = "", title_y: str = "") -> go.Figu
 def empty_figure(message: str) -> go.Figure:
     """A place-holder that says what to do to see something here."""
     figure = base_figure(height=220)
+    figure.update_layout(meta={"empty": message})
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
     figure.add_annotation(
