@@ -15,6 +15,29 @@ def bundled_model():
     return load_model("bundled")
 
 
+@pytest.fixture(scope="module")
+def real_cache(bundled_model, tmp_path_factory):
+    """A cache folder with the bundled model in it and no evaluations yet."""
+    from core.bundled import cache_root
+
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "models").symlink_to(cache_root() / "models")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    from browsing import CHROMIUM, FLAGS
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
 @pytest.fixture
 def isolated_cache(tmp_path, monkeypatch):
     """An empty cache folder of the test's own."""

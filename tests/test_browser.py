@@ -1,35 +1,20 @@
 """The dashboard in a real browser, on the real 30-layer model: a user's whole path."""
 
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
+
+from browsing import dashboard, layer, open_page, shot, tab
 
 pytestmark = [pytest.mark.browser, pytest.mark.bundled]
 
-ROOT = Path(__file__).parents[1]
-OUTPUT = Path(__file__).parent / "output"
-CHROMIUM = os.environ.get("LAYERSHAP_CHROMIUM", "/usr/bin/chromium")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 LAYERS = 30
 EVALUATIONS = 48
-# The machine may be busy: what is expected is waited for.
-expect.set_options(timeout=30_000)
-START_SECONDS, LOAD_MS, ANALYSE_MS, MEASURE_MS = 60, 180_000, 400_000, 180_000
+ANALYSE_MS, MEASURE_MS = 400_000, 180_000
 RELOAD = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,73 +27,14 @@ print(model.config.num_hidden_layers, written.shape[1] - inputs["input_ids"].sha
 
 
 @pytest.fixture(scope="module")
-def cache(bundled_model, tmp_path_factory):
-    """Evaluations of our own, the model that is there already."""
-    from core.bundled import cache_root
-
-    folder = tmp_path_factory.mktemp("cache")
-    (folder / "models").symlink_to(cache_root() / "models")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def address(cache):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "LAYERSHAP_CACHE": str(cache)}
-    OUTPUT.mkdir(exist_ok=True)
-    with (OUTPUT / "app.log").open("w") as log:
-        app = subprocess.Popen(
-            [sys.executable, "app.py", "--port", str(port)],
-            cwd=ROOT,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-        app.terminate()
-        app.wait(30)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
-
-
-def open_page(browser, address, width=1440, height=1000, scheme="light"):
-    context = browser.new_context(
-        viewport={"width": width, "height": height}, color_scheme=scheme, accept_downloads=True
-    )
-    page = context.new_page()
-    page.errors = []
-    page.on("pageerror", lambda error: page.errors.append(str(error)))
-    page.goto(address)
-    expect(page.locator("#status")).to_contain_text("Ready", timeout=LOAD_MS)
-    return page
-
-
-def tab(page: Page, name: str):
-    page.get_by_role("tab", name=name).click()
+def address(real_cache):
+    with dashboard(real_cache) as address:
+        yield address
 
 
 def analyse(page: Page):
     page.locator("#evaluations input").fill(str(EVALUATIONS))
     page.locator("#analyse").click()
-
-
-def shot(page: Page, name: str):
-    page.wait_for_timeout(800)
-    page.screenshot(path=OUTPUT / f"{name}.png", full_page=True)
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +43,6 @@ def page(browser, address):
     visitor = open_page(browser, address)
     yield visitor
     assert visitor.errors == []
-
-
-def layer(page: Page, number: int):
-    return page.locator(f'#layer-strip [data-player="{number}"]')
 
 
 def test_the_page_opens_with_the_real_model(page):
@@ -231,11 +153,11 @@ def test_a_cut_is_measured_and_listed(page):
     shot(page, "prune")
 
 
-def test_the_saved_cut_loads_in_a_fresh_process(page, cache):
+def test_the_saved_cut_loads_in_a_fresh_process(page, real_cache):
     page.locator("#save-name textarea, #save-name input").fill("browser-cut")
     page.locator("#save").click()
     expect(page.locator("#status")).to_contain_text("Saved in", timeout=MEASURE_MS)
-    folder = cache / "pruned" / "browser-cut"
+    folder = real_cache / "pruned" / "browser-cut"
     expect(page.locator("#recipe")).to_contain_text("passthrough")
     output = subprocess.run(
         [sys.executable, "-c", RELOAD, str(folder)], capture_output=True, text=True, check=True
@@ -243,7 +165,7 @@ def test_the_saved_cut_loads_in_a_fresh_process(page, cache):
     assert output.split() == ["27", "5"]
 
 
-def test_the_cut_is_healed_and_saved(page, cache):
+def test_the_cut_is_healed_and_saved(page, real_cache):
     tab(page, "Heal and share")
     page.get_by_label("number input for Steps").fill("10")
     page.locator("#heal").click()
@@ -256,7 +178,7 @@ def test_the_cut_is_healed_and_saved(page, cache):
     expect(page.locator("#healing-chart .scatterlayer .trace")).to_have_count(3)
     page.locator("#save-healed").click()
     expect(page.locator("#status")).to_contain_text("Saved in", timeout=MEASURE_MS)
-    folder = cache / "pruned" / "healed-model"
+    folder = real_cache / "pruned" / "healed-model"
     output = subprocess.run(
         [sys.executable, "-c", RELOAD, str(folder)], capture_output=True, text=True, check=True
     ).stdout
