@@ -56,14 +56,11 @@ def interactions(n):
 @pytest.mark.parametrize("n", [6, 30, 80, 126])
 def test_one_bar_per_layer_the_most_needed_on_top(n):
     shown = contributions(n)
-    [bars] = contribution_bars(shown, dropped={2}).data
+    [bars] = contribution_bars(shown).data
     assert len(bars.x) == n
     assert list(bars.x) == sorted(bars.x)
     assert bars.y[-1] == f"layer {np.argmax(shown.values)}"
     np.testing.assert_allclose(bars.error_x.array, 1.96 * 0.02)
-    where = list(bars.y).index("layer 2")
-    assert [i for i, shape in enumerate(bars.marker.pattern.shape) if shape] == [where]
-    assert "layer 2 (dropped)" in bars.customdata[where]
 
 
 def test_bars_by_depth_start_with_the_first_layer():

@@ -14,6 +14,7 @@ from gradio_client import Client, handle_file
 
 from conftest import TINY_LAYERS, WORDS
 from core.errors import LayerShapError
+from ui.opening import first_session
 from ui.page import build
 from ui.session import Session, StopSignals
 from ui.settings import AppSettings
@@ -199,7 +200,7 @@ def test_two_visitors_do_not_see_each_others_selection(loaded, address, tiny_fol
 def test_a_pair_is_measured_on_the_real_model(loaded):
     figure, status = loaded.predict(first=1, second=4, api_name="/pair")
     assert "four utilities measured" in status
-    bars = json.loads(figure["plot"])["data"][0]
+    bars = json.loads(figure)["data"][0]
     assert bars["x"] == ["full model", "without 1", "without 4", "without both"]
 
 
@@ -257,8 +258,12 @@ def test_a_file_that_is_no_study_is_one_sentence(visitor, tmp_path, content):
 
 
 def test_nothing_works_before_a_model_is_loaded_but_everything_says_so(visitor):
-    assert "Load a model first" in said(analyse(visitor))
-    assert "Load a model first" in said(visitor.predict(text="", api_name="/compare"))
+    assert "needs the model itself" in said(analyse(visitor))
+    assert "needs the model itself" in said(visitor.predict(text="", api_name="/compare"))
+    # The ready-made study is there already.
+    assert "predicted calibration perplexity" in visitor.predict(text="13", api_name="/select")[1]
+    with pytest.raises(LayerShapError, match="Load a model first"):
+        first_session(AppSettings(allowed_models=("owner/other",))).need_workspace()
 
 
 def test_stop_ends_an_analysis_and_keeps_what_was_measured(loaded):
@@ -332,7 +337,7 @@ def test_each_tab_has_its_own_stop():
 
 
 def test_the_strip_is_empty_before_a_model_is_loaded():
-    assert strip_value(Session()) == {"layers": []}
+    assert strip_value(Session()) == {"layers": [], "study": ""}
 
 
 @pytest.mark.parametrize(
