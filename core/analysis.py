@@ -26,13 +26,15 @@ from core.masks import (
     sample_masks,
 )
 from core.players import Players
-from core.surrogate import FittedSurrogate, SurrogateKind
+from core.strata import UTILITIES
+from core.surrogate import KINDS, FittedSurrogate, SurrogateKind
 
 FIRST_ROUND = 16
 # Partial estimates take at most about a quarter of the time.
 PARTIAL_REST = 3.0
 PARTIAL_EVERY_SECONDS = 5.0
 PUBLISHED_EVALUATIONS = 8000
+MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,14 @@ class AnalysisSettings:
         """
         if self.evaluations < 1:
             raise LayerShapError(f"evaluations is {self.evaluations}; it must be at least 1.")
-        if self.seed < 0:
-            raise LayerShapError(f"seed is {self.seed}; it must be 0 or more.")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise LayerShapError(f"seed is {self.seed}; it must be 0 or more, below 2^63.")
+        for name, value, allowed in (
+            ("utility", self.utility, UTILITIES),
+            ("surrogate", self.surrogate, KINDS),
+        ):
+            if value not in allowed:
+                raise LayerShapError(f"{name} is {value!r}; choose one of {', '.join(allowed)}.")
         strata = default_strata(n) if self.strata is None else check_strata(n, self.strata)
         return replace(self, strata=strata)
 

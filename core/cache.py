@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import diskcache
@@ -40,6 +41,31 @@ class _FloatDisk(diskcache.Disk):
         """Values never live in files, so a file name in the database is not to be trusted."""
 
 
+class Claims:
+    """What is being evaluated right now, so that what two ask for at once is evaluated once."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, threading.Event] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def hold(self, keys: Iterable[str]) -> Iterator[dict[str, threading.Event]]:
+        """Hold the keys that nobody else holds; yields the others, each with the event that says
+        when its holder is done."""
+        done = threading.Event()
+        with self._lock:
+            theirs = {key: self._held[key] for key in keys if key in self._held}
+            mine = [key for key in keys if key not in theirs]
+            self._held.update(dict.fromkeys(mine, done))
+        try:
+            yield theirs
+        finally:
+            with self._lock:
+                for key in mine:
+                    del self._held[key]
+            done.set()
+
+
 class EvaluationCache:
     """A persistent map from evaluation keys to losses, shared by threads and processes.
 
@@ -52,6 +78,7 @@ class EvaluationCache:
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = Path(folder) if folder is not None else cache_root() / "evaluations"
+        self.claims = Claims()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._cache = diskcache.Cache(

@@ -25,6 +25,10 @@ from core.players import PlayerKind, Players
 
 # Part of every cache key: raise it when the same mask would come out differently.
 EVALUATION_VERSION = 1
+# Requests for so few masks are quick: another that asks for the same waits for them, at most so
+# long. Nobody waits for a long one, whose masks come in an order of its own.
+FEW_MASKS = 8
+PATIENCE_SECONDS = 60
 
 Losses = NDArray[np.float64]
 
@@ -109,12 +113,38 @@ class LayerGame:
                 missing.append(row)
             else:
                 yield from ((int(copy), loss) for copy in copies[row])
-        if not missing:
+        for offset, loss in self._shared([keys[row] for row in missing], distinct[missing]):
+            yield from ((int(copy), loss) for copy in copies[missing[offset]])
+
+    def _shared(self, keys: list[str], masks: Masks) -> Iterator[tuple[int, float]]:
+        """Evaluate what is not cached, or let whoever is at it already; yield (row, loss)."""
+        if len(keys) > FEW_MASKS:
+            yield from self._evaluated(keys, masks)
             return
-        for offset, loss in self.evaluator.losses(distinct[missing]):
-            row = missing[offset]
+        with self.cache.claims.hold(keys) as theirs:
+            # Others may have finished since the cache was asked.
+            found = dict(zip(keys, self.cache.get(keys), strict=True))
+            mine = [r for r, key in enumerate(keys) if key not in theirs and found[key] is None]
+            yield from ((row, found[key]) for row, key in enumerate(keys) if found[key] is not None)
+            yield from _renumbered(mine, self._evaluated([keys[r] for r in mine], masks[mine]))
+        waited = [r for r, key in enumerate(keys) if key in theirs and found[key] is None]
+        for row in waited:
+            theirs[keys[row]].wait(PATIENCE_SECONDS)
+        left = []
+        for row, loss in zip(waited, self.cache.get(keys[r] for r in waited), strict=True):
+            if loss is None:
+                left.append(row)
+            else:
+                yield row, loss
+        # Whoever held them was stopped, or is slow.
+        yield from _renumbered(left, self._evaluated([keys[r] for r in left], masks[left]))
+
+    def _evaluated(self, keys: list[str], masks: Masks) -> Iterator[tuple[int, float]]:
+        if not keys:
+            return
+        for row, loss in self.evaluator.losses(masks):
             self.cache.put(keys[row], loss)
-            yield from ((int(copy), loss) for copy in copies[row])
+            yield row, loss
 
     def losses(self, masks: ArrayLike) -> Losses:
         """Mean NLL per predicted token, bool [m, n_players] -> float64 [m] nats; `inf` if not
@@ -146,6 +176,12 @@ class LayerGame:
         pairs = mask.reshape(-1, self.players.per_layer)
         whole = (pairs == pairs[:, :1]).all()
         return mask_key(pairs[:, 0] if whole else mask)
+
+
+def _renumbered(
+    rows: list[int], evaluated: Iterator[tuple[int, float]]
+) -> Iterator[tuple[int, float]]:
+    return ((rows[place], loss) for place, loss in evaluated)
 
 
 def check_masks(masks: ArrayLike, n: int) -> Masks:

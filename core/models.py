@@ -38,6 +38,8 @@ DEVICES = ("auto", "cuda", "mps", "cpu")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# A branch, tag or commit; the Hub's client makes file names of it.
+_REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 # Of one GPU's free memory, what activations and masks in flight may need besides the weights.
 GPU_RESERVE = 0.2
 # Roundings of the largest logit by which a prediction may move when only later tokens change.
@@ -284,16 +286,24 @@ def _locate(source: str, revision: str | None, report: Progress) -> tuple[Path, 
     """The local folder of a source's weights, fetched if need be, and its display name."""
     if source == BUNDLED:
         return bundled_folder(report), BUNDLED_NAME
-    path = Path(source).expanduser()
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise LayerShapError(f"There is no GGUF file at {source}; check the path.")
+    try:
+        path = Path(source).expanduser()
+        is_gguf = path.suffix.lower() == ".gguf"
+        found = path.is_file() if is_gguf else path.is_dir()
+    except (OSError, RuntimeError) as error:
+        raise LayerShapError(
+            f"{source[:80]!r} cannot be opened ({getattr(error, 'strerror', None) or error}); "
+            "check the path and its permissions."
+        ) from error
+    if is_gguf:
+        if not found:
+            raise LayerShapError(f"There is no GGUF file at {source[:200]!r}; check the path.")
         return gguf_folder(path, report), path.name
-    if path.is_dir():
+    if found:
         return path, path.resolve().name
     if not _HUB_ID.fullmatch(source):
         raise LayerShapError(
-            f"There is no folder at {source!r}, and it is not a Hugging Face id such as "
+            f"There is no folder at {source[:200]!r}, and it is not a Hugging Face id such as "
             "HuggingFaceTB/SmolLM2-135M; check the spelling."
         )
     return _from_hub(source, revision, report), source
@@ -309,6 +319,10 @@ def _from_hub(repo: str, revision: str | None, report: Progress) -> Path:
         RevisionNotFoundError,
     )
 
+    if revision is not None and not _REVISION.fullmatch(revision):
+        raise LayerShapError(
+            f"{revision[:100]!r} is not a revision; name a branch, a tag or a commit."
+        )
     report(f"Fetching {repo} from the Hugging Face Hub", None)
     at = f" at revision {revision!r}" if revision else ""
     try:

@@ -17,7 +17,7 @@ PLAYER_KINDS: tuple[PlayerKind, ...] = ("blocks", "sub-blocks")
 ATTENTION, MLP = 0, 1
 SUFFIXES = ("a", "m")
 BRANCH_NAMES = ("attention", "MLP")
-_LABEL = re.compile(r"(\d+)([am]?)", re.IGNORECASE)
+_LABEL = re.compile(r"([0-9]{1,9})([am]?)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

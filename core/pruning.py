@@ -52,6 +52,7 @@ POSITION_NAMES = (
 # Attributes that say how a module is being used, not what it computes.
 USAGE_NAMES = ("training", "gradient_checkpointing")
 PROVENANCE_FILE = "layershap.json"
+MAX_PROMPT_CHARACTERS = 50_000
 
 
 def prune(model: LayeredModel, keep: ArrayLike) -> LayeredModel:
@@ -242,12 +243,16 @@ def continue_prompt(
     Generation ends early when `stop` says so or when the iterator is closed.
 
     Raises:
-        LayerShapError: the prompt is empty, or leaves no room in the model's context.
+        LayerShapError: the prompt is empty, not text, or leaves no room in the model's context.
     """
     from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
     if model.tokenizer is None:
         raise LayerShapError("This model has no tokenizer, so it cannot continue text.")
+    if len(prompt) > MAX_PROMPT_CHARACTERS or not _is_text(prompt):
+        raise LayerShapError(
+            f"The prompt must be text of at most {MAX_PROMPT_CHARACTERS:,} characters; shorten it."
+        )
     encoded = model.tokenizer(prompt, return_tensors="pt").to(model.device)
     # Some tokenizers return more, such as segment ids, which causal models refuse.
     inputs = {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}
@@ -296,6 +301,15 @@ def continue_prompt(
         thread.join()
     if failures:
         raise failures[0]
+
+
+def _is_text(prompt: str) -> bool:
+    """Whether there is no half of a surrogate pair in it, which no tokenizer takes."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from core.masks import Masks
 
 Floats = NDArray[np.float64]
 Utility = Literal["ratio", "log"]
+UTILITIES: tuple[Utility, ...] = ("ratio", "log")
 
 
 def to_utility(excess: Floats, utility: Utility) -> Floats:

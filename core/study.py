@@ -19,20 +19,20 @@ import numpy as np
 import pandas as pd
 
 from core.analysis import Analysis, AnalysisSettings, from_measurements
-from core.errors import LayerShapError
 from core.estimates import Contributions
 from core.game import text_fingerprint
 from core.masks import dropped_players, mask_key
 from core.models import ModelInfo
-from core.players import BRANCH_NAMES, PLAYER_KINDS, Players
+from core.players import BRANCH_NAMES, Players
+from core.study_file import (
+    FORMAT,
+    FORMAT_VERSION,
+    ComparisonPart,
+    StudyFile,
+    read_study_file,
+)
 from core.text import TextBlocks
 
-FORMAT = "layershap-study"
-FORMAT_VERSION = 2
-# Version 1 knew whole layers only.
-READABLE_VERSIONS = (1, 2)
-MAX_LAYERS = 1024
-MAX_MASKS = 200_000
 PACKAGES = ("torch", "transformers", "gradio", "plotly", "numpy", "scikit-learn")
 
 
@@ -135,25 +135,7 @@ class Study:
         Raises:
             LayerShapError: not a study, or one that is damaged.
         """
-        try:
-            document = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise LayerShapError(
-                "This file is not JSON; choose a study saved by LayerShap."
-            ) from error
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise LayerShapError("This JSON file is not a study saved by LayerShap.")
-        if document.get("format_version") not in READABLE_VERSIONS:
-            raise LayerShapError(
-                f"This study has format version {document.get('format_version')!r}; this version "
-                f"of LayerShap reads versions {READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}."
-            )
-        try:
-            return _from_document(document)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise LayerShapError(
-                f"The study file is damaged ({type(error).__name__}: {error}); save it again."
-            ) from error
+        return _study(read_study_file(text))
 
     def to_csv(self, frame: pd.DataFrame) -> str:
         """A table as CSV, with what made it in leading comment lines.
@@ -246,70 +228,37 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def _from_document(document: dict[str, Any]) -> Study:
-    measured = document["measurements"]
-    keys, losses = measured["masks"], measured["losses"]
-    model = _record(ModelInfo, document["model"])
-    kind = document.get("players", "blocks")
-    if kind not in PLAYER_KINDS:
-        raise ValueError("the kind of players is not known")
-    players = Players(kind, model.n_layers)
-    n = players.count
-    sizes_fit = 1 <= model.n_layers <= MAX_LAYERS and 1 <= len(keys) <= MAX_MASKS
-    if not sizes_fit or len(keys) != len(losses):
-        raise ValueError("the numbers of layers, masks and losses do not go together")
-    if any(not isinstance(key, str) or len(key) != n or set(key) - {"0", "1"} for key in keys):
-        raise ValueError(f"a mask is not {n} digits of 0 and 1")
-    masks = np.array([[digit == "1" for digit in key] for key in keys], dtype=bool)
-    if len(np.unique(masks, axis=0)) != len(masks):
-        raise ValueError("a mask occurs twice")
+def _study(file: StudyFile) -> Study:
+    measured = file.measurements
+    masks = np.array([[digit == "1" for digit in mask] for mask in measured.masks], dtype=bool)
     analysis = from_measurements(
-        _record(AnalysisSettings, document["settings"]),
-        players,
+        AnalysisSettings(**dict(file.settings)),
+        Players(file.players, file.model.n_layers),
         masks,
-        np.array([math.inf if loss is None else float(loss) for loss in losses]),
-        float(measured["full_loss"]),
-        int(measured["planned"]),
+        np.array([_or_infinite(loss) for loss in measured.losses]),
+        measured.full_loss,
+        measured.planned,
     )
     return Study(
         analysis=analysis,
-        model=model,
-        text=_record(TextInfo, document["text"]),
-        comparisons=tuple(_record(Comparison, c) for c in document["comparisons"]),
-        player_parameters=_saved_parameters(document, players),
-        versions={str(k): str(v) for k, v in document["versions"].items()},
-        created=str(document["created"]),
+        model=ModelInfo(**dict(file.model)),
+        text=TextInfo(**dict(file.text)),
+        comparisons=tuple(_comparison(part) for part in file.comparisons),
+        player_parameters=file.player_parameters,
+        versions=file.versions,
+        created=file.created,
     )
 
 
-def _saved_parameters(document: dict[str, Any], players: Players) -> tuple[int, ...]:
-    saved = document.get("player_parameters", [])
-    if saved and (len(saved) != players.count or any(type(v) is not int or v < 0 for v in saved)):
-        raise ValueError("the parameters of the players are not one whole number each")
-    return tuple(saved)
+def _comparison(part: ComparisonPart) -> Comparison:
+    values = dict(part)
+    for name in values.keys() - {"predicted", "predicted_low", "predicted_high"}:
+        values[name] = _or_infinite(values[name])
+    return Comparison(**values)
 
 
-def _record(kind: type, values: Mapping[str, Any]) -> Any:
-    """A dataclass of scalars and tuples from JSON, types checked against the field types' names."""
-    allowed = {f.name: str(f.type) for f in fields(kind)}
-    if set(values) != set(allowed):
-        raise ValueError(f"{kind.__name__} holds other fields than expected")
-    return kind(**{name: _scalar(name, allowed[name], value) for name, value in values.items()})
-
-
-def _scalar(name: str, kind: str, value: Any) -> Any:
-    if value is None and ("None" in kind or kind == "float"):
-        return math.inf if kind == "float" else None
-    if kind.startswith("tuple"):
-        if not isinstance(value, list) or any(type(v) is not int for v in value):
-            raise ValueError(f"{name} is not a list of whole numbers")
-        return tuple(value)
-    if kind.startswith("float") and type(value) in (int, float):
-        return float(value)
-    expected = int if kind.startswith("int") else str
-    if type(value) is not expected:
-        raise ValueError(f"{name} is not {'a whole number' if expected is int else 'text'}")
-    return value
+def _or_infinite(value: Any) -> Any:
+    return math.inf if value is None else value
 
 
 def _spaced(players: Players, dropped: Sequence[int]) -> str:

@@ -165,7 +165,7 @@ def _deepest(target: Target, resources: Resources) -> int:
         raise LayerShapError(
             "Set a target: how much perplexity may rise, how much to save, or both."
         )
-    if target.most_rise is not None and target.most_rise < 0:
+    if target.most_rise is not None and not target.most_rise >= 0:
         raise LayerShapError("Perplexity may rise by 0 % or more; a negative limit finds nothing.")
     worth = resources.worth(target.resource)
     if not worth.any():

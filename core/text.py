@@ -30,6 +30,8 @@ FILE_TYPES = (".txt", ".md", ".jsonl")
 MAX_FILE_BYTES = 64 << 20
 # No more than this of a data set is held in memory.
 MAX_DATA_SET_CHARACTERS = 64 << 20
+# Calibration and held-out tokens each.
+MAX_TOKENS = 1 << 22
 # Documents are tokenised this much at a time, so that a large file costs only what is used of it.
 PASSAGE_CHARACTERS = 20_000
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
@@ -151,6 +153,11 @@ def _check_numbers(blocks: int, block_length: int, held_out_blocks: int, seed: i
         raise LayerShapError(f"blocks is {blocks}; it must be at least 1.")
     if block_length < 2:
         raise LayerShapError(f"block_length is {block_length}; it must be at least 2.")
+    if held_out_blocks * block_length > MAX_TOKENS:
+        raise LayerShapError(
+            f"{held_out_blocks} blocks of {block_length} tokens are too many; ask for at most "
+            f"{MAX_TOKENS:,} tokens."
+        )
     if held_out_blocks < blocks:
         raise LayerShapError(
             f"held_out_blocks is {held_out_blocks}; it must be at least blocks ({blocks}), because "
@@ -220,6 +227,8 @@ def _json_lines(name: str, content: str) -> list[str]:
             continue
         try:
             record = json.loads(line)
+            # An escaped half of a surrogate pair is JSON but not text.
+            json.dumps(record, ensure_ascii=False).encode()
         except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):

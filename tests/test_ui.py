@@ -344,5 +344,5 @@ def test_the_strip_is_empty_before_a_model_is_loaded():
     "name", ["/etc", "/etc:default:train", "README.md", "core:x", "", "~", "~nobody", "x" * 9999]
 )
 def test_a_public_space_reads_no_file_of_its_own_machine(name):
-    with pytest.raises(LayerShapError, match="Name a Hugging Face data set"):
+    with pytest.raises(LayerShapError, match="only these data sets"):
         _text_source(AppSettings.read([], {"SPACE_ID": "x"}), TEXT_HUB, None, name)

@@ -188,6 +188,7 @@ class HealHandlers:
                 yield {**updates, self._status: _status(step)}
 
     def _save(self, healed: Healed | None, name: str) -> Iterator[dict]:
+        self._settings.check_may_change_machine()
         if healed is None:
             raise LayerShapError("There is no healed model yet; press Heal first.")
         folder = saved_folder(name)

@@ -42,7 +42,12 @@ HEAD = (
 )
 # Jobs of one kind run one at a time and queue among themselves: each uses the whole machine, and
 # quick ones never wait behind an analysis.
-LOADING, ANALYSING, MEASURING = "loading", "analysing", "measuring"
+LOADING, ANALYSING, MEASURING, OPENING = "loading", "analysing", "measuring", "opening"
+
+# Uploads and downloads older than this are deleted, as often as that.
+FILES_KEPT_SECONDS, FILES_CHECKED_SECONDS = 24 * 3600, 600
+# Visitors remembered at once; the least recently active is forgotten first.
+MAX_SESSIONS = 256
 
 
 CLIENT = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
@@ -51,7 +56,12 @@ CLIENT = {"show_progress": "hidden", "api_visibility": "private", "queue": False
 def build(settings: AppSettings) -> gr.Blocks:
     """The whole dashboard, ready to launch."""
     workspaces, stops = Workspaces(), StopSignals()
-    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(
+        title=TITLE,
+        analytics_enabled=False,
+        fill_width=True,
+        delete_cache=(FILES_CHECKED_SECONDS, FILES_KEPT_SECONDS),
+    ) as page:
         initial = first_session(settings)
         session = gr.State(initial)
         selection, tried, compared = gr.State(()), gr.State(initial.comparisons), gr.State(None)
@@ -135,7 +145,7 @@ def build(settings: AppSettings) -> gr.Blocks:
         methods_views = list(methods.draw(None).keys())
         methods_choices = list(methods.draw_choices(Session()).keys())
         healing_views = list(healing.draw_nothing().keys())
-        handlers = PruneHandlers(pruning, stops, selection, tried, status, strip)
+        handlers = PruneHandlers(pruning, settings, stops, selection, tried, status, strip)
 
         # Set-up
         load = load_handler(
@@ -441,11 +451,15 @@ def build(settings: AppSettings) -> gr.Blocks:
                 open_handler(session, status, show),
                 study.upload,
                 opened,
+                concurrency_id=OPENING,
+                concurrency_limit=1,
                 api_name="open_study",
                 **heavy,
             )
         )
-        study.clear.click(clear_handler(study, status), None, [study.cache, status], **quiet)
+        study.clear.click(
+            clear_handler(settings, study, status), None, [study.cache, status], **quiet
+        )
         _start_with(
             {
                 **draw(initial, contributions.value.value, contributions.order.value),
@@ -457,9 +471,10 @@ def build(settings: AppSettings) -> gr.Blocks:
     return page
 
 
-def launch(settings: AppSettings) -> None:
-    """Build the dashboard and serve it until it is interrupted."""
-    build(settings).launch(
+def launch(settings: AppSettings, *, wait: bool = True) -> gr.Blocks:
+    """Build the dashboard and serve it; `wait` until it is interrupted, or return at once."""
+    page = build(settings)
+    page.launch(
         server_name=settings.host,
         server_port=settings.port,
         share=settings.share,
@@ -469,7 +484,10 @@ def launch(settings: AppSettings) -> None:
         max_file_size=f"{settings.max_upload_mb}mb",
         footer_links=["api", "settings"],
         show_error=True,
+        state_session_capacity=MAX_SESSIONS,
+        prevent_thread_lock=not wait,
     )
+    return page
 
 
 def _tab(name: str) -> gr.Tab:

@@ -28,6 +28,7 @@ from ui.measured import MeasuredFigures, perplexity_text
 from ui.methods_view import chosen_set
 from ui.parts import read_line
 from ui.session import Session, StopSignals
+from ui.settings import AppSettings
 from ui.setup_view import whole
 from ui.status import guarded, news, progress_bar, streamed
 from ui.strip import strip_selection
@@ -178,13 +179,14 @@ class PruneHandlers:
     def __init__(
         self,
         view: PruneView,
+        settings: AppSettings,
         stops: StopSignals,
         selection: gr.State,
         tried: gr.State,
         status: gr.HTML,
         strip: gr.HTML,
     ) -> None:
-        self._view, self._stops = view, stops
+        self._view, self._settings, self._stops = view, settings, stops
         self._selection, self._tried = selection, tried
         self._status, self._strip = status, strip
         guard = guarded(status)
@@ -333,6 +335,7 @@ class PruneHandlers:
         name: str,
         tried: tuple[Comparison, ...],
     ) -> Iterator[dict]:
+        self._settings.check_may_change_machine()
         session = session.dropping(selection)
         workspace = session.need_workspace()
         folder = saved_folder(name)

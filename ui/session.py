@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, replace
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,7 +131,8 @@ class StopSignals:
     """One stop signal per browser tab."""
 
     def __init__(self) -> None:
-        self._events: dict[str, threading.Event] = {}
+        # Forgotten with the work that listens to it.
+        self._events: WeakValueDictionary[str, threading.Event] = WeakValueDictionary()
         self._lock = threading.Lock()
 
     def begin(self, session_hash: str | None) -> threading.Event:

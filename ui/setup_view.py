@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -39,7 +38,6 @@ HINTS = {
     FROM_FOLDER: "a folder with config.json and .safetensors files",
     FROM_GGUF: "a file ending in .gguf",
 }
-HUB_DATA_SET = re.compile(r"(?P<id>\w[\w.-]{0,95}(/\w[\w.-]{0,95})?)(:[\w.-]+){0,2}")
 # The page is told of progress at most this often.
 REFRESH_SECONDS = 0.25
 
@@ -261,7 +259,7 @@ def _model_choice(
 ) -> ModelChoice:
     chosen = BUNDLED if came_from == FROM_BUNDLE else (source or "").strip()
     if not chosen:
-        raise LayerShapError(f"Name the model: {HINTS[came_from]}.")
+        raise LayerShapError(f"Name the model: {HINTS.get(came_from, HINTS[FROM_HUB])}.")
     settings.check_model(chosen)
     if came_from == FROM_GGUF and not chosen.lower().endswith(".gguf"):
         raise LayerShapError(f"{chosen} does not end in .gguf; name a GGUF file.")
@@ -276,9 +274,7 @@ def _text_source(settings: AppSettings, came_from: str, file: str | None, data_s
             raise LayerShapError("Choose a text file to upload first.")
         return file
     name = (data_set or "").strip()
-    named_on_hub = HUB_DATA_SET.fullmatch(name)
-    if not settings.local_files and (named_on_hub is None or Path(named_on_hub["id"]).exists()):
-        raise LayerShapError(f"Name a Hugging Face data set, such as {WIKITEXT}.")
+    settings.check_data_set(name)
     return name
 
 
@@ -400,13 +396,13 @@ def whole(name: str, value: float | None) -> int:
     Raises:
         LayerShapError: the field is empty or holds a fraction.
     """
-    if value is None or value != int(value):
+    if value is None or not math.isfinite(value) or value != int(value):
         raise LayerShapError(f"{name} must be a whole number.")
     return int(value)
 
 
 def _parse_strata(text: str) -> tuple[int, ...] | None:
-    if not text.strip():
+    if not text or not text.strip():
         return None
     try:
         return tuple(int(part) for part in text.replace(",", " ").split())

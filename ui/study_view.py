@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
@@ -10,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.processing_utils import save_bytes_to_cache
 
 from core.cache import default_cache
 from core.errors import LayerShapError
 from core.study import Comparison, Study
 from ui.parts import read_line
 from ui.session import Session
+from ui.settings import AppSettings
 from ui.status import guarded, news, progress_bar
 
 MAX_STUDY_BYTES = 64 << 20
@@ -43,19 +44,21 @@ class StudyView:
         if session.analysis is None:
             return updates
         study = session.having_tried(tried).study()
-        # The page's server only hands out files from the temporary folder.
-        folder = Path(tempfile.mkdtemp(prefix="layershap-"))
         frames = {
             "contributions.csv": study.contributions_frame(),
             "interactions.csv": study.interactions_frame(),
             "measurements.csv": study.measurements_frame(),
             "comparisons.csv": study.comparisons_frame(),
         }
-        (folder / "study.json").write_text(study.to_json(), encoding="utf-8")
-        for name, frame in frames.items():
-            (folder / name).write_text(study.to_csv(frame), encoding="utf-8")
+        texts = {
+            "study.json": study.to_json(),
+            **{name: study.to_csv(frame) for name, frame in frames.items()},
+        }
         for button, (name, _) in zip(self.downloads, FILES, strict=True):
-            updates[button] = gr.update(value=str(folder / name), interactive=True)
+            # The page's server hands out files of its own cache, and clears it.
+            file = save_bytes_to_cache(texts[name].encode(), name, button.GRADIO_CACHE)
+            button.temp_files.add(file)
+            updates[button] = gr.update(value=file, interactive=True)
         updates[self.about] = _about(study)
         return updates
 
@@ -111,11 +114,12 @@ def open_handler(session: gr.State, status: gr.HTML, show: Any) -> Any:
     return open_study
 
 
-def clear_handler(view: StudyView, status: gr.HTML) -> Any:
+def clear_handler(settings: AppSettings, view: StudyView, status: gr.HTML) -> Any:
     """Handler that forgets every cached evaluation."""
 
     @guarded(status)
     def clear() -> Iterator[dict]:
+        settings.check_may_change_machine()
         forgotten = default_cache().clear()
         yield {
             view.cache: cache_line(),
