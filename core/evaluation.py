@@ -70,6 +70,7 @@ class Evaluator:
         memory_budget: bytes that hidden states may take; by default what is free, less a reserve.
         group: masks' states per step execution; by default what the device needs to be busy.
         players: what a column of a mask stands for.
+        memory_share: of the free memory, where several evaluators share one device.
 
     Safe to use from several threads at once.
     """
@@ -82,17 +83,26 @@ class Evaluator:
         memory_budget: int | None = None,
         group: int | None = None,
         players: PlayerKind = "blocks",
+        memory_share: float = 1.0,
     ) -> None:
         self.model = model
         self.tokens = tokens.to(model.device)
         self.players = model.players(players)
         self._parts = model.taken_apart
         self._steps = model.steps(players)
-        self.plan = _plan(model, self.tokens, self.players.count, memory_budget, group)
+        budget = memory_budget or int(
+            _free_memory(model.device) * (1 - MEMORY_RESERVE) * memory_share
+        )
+        self.plan = _plan(model, self.tokens, self.players.count, budget, group)
         self._recordings: dict[tuple[int, int], tuple[Tensor, list[BlockCall]]] = {}
         self._recording = threading.Lock()
         self.layer_executions = 0
         """Executions of blocks, or of branches, so far, in units of one mask's whole text."""
+
+    @property
+    def device(self) -> str:
+        """The kind of device that evaluates, "cpu", "cuda" or "mps"."""
+        return self.model.device.type
 
     def losses(self, masks: Masks) -> Iterator[tuple[int, float]]:
         """Evaluate masks, bool [m, players]; yield (row of `masks`, mean NLL) as they finish.
@@ -102,8 +112,7 @@ class Evaluator:
         Raises:
             LayerShapError: one mask does not fit in the device's memory.
         """
-        order = np.lexsort(masks.T[::-1])[::-1]
-        pending = order
+        pending = prefix_order(masks)
         while len(pending):
             done = 0
             try:
@@ -219,6 +228,11 @@ class Evaluator:
         )
 
 
+def prefix_order(masks: Masks) -> NDArray[np.intp]:
+    """The rows of masks, bool [m, n], sorted so that masks with common prefixes are neighbours."""
+    return np.lexsort(masks.T[::-1])[::-1]
+
+
 def _summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Each row's summed NLL, float64 [rows] on the CPU; logits [rows, tokens, vocabulary]."""
     flat = logits.flatten(0, 1)
@@ -277,14 +291,11 @@ def _common_prefix(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> int:
     return int(different[0]) if len(different) else len(a)
 
 
-def _plan(
-    model: LayeredModel, tokens: Tensor, depth: int, budget: int | None, group: int | None
-) -> Plan:
+def _plan(model: LayeredModel, tokens: Tensor, depth: int, budget: int, group: int | None) -> Plan:
     blocks, length = tokens.shape
     kind = model.device.type
     weight = next(model.module.parameters())
     row_bytes = length * model.info.hidden_size * weight.element_size()
-    budget = budget or int(_free_memory(model.device) * (1 - MEMORY_RESERVE))
     # Worst case for one mask alone: a distinct state after every player, and one step in flight.
     rows = max(1, min(blocks, budget // (row_bytes * (depth + 4))))
     group = group or max(1, STEP_TOKENS.get(kind, 4096) // (rows * length))
