@@ -90,6 +90,8 @@ class Evaluator:
         self.players = model.players(players)
         self._parts = model.taken_apart
         self._steps = model.steps(players)
+        # Of a model that is spread over several GPUs, where each step's weights are.
+        self._homes = [next(step.parameters()).device for step in self._steps]
         budget = memory_budget or int(
             _free_memory(model.device) * (1 - MEMORY_RESERVE) * memory_share
         )
@@ -163,6 +165,7 @@ class Evaluator:
         together = max(1, self.plan.head_rows // rows)
         for first in range(0, len(states), together):
             step = states[first : first + together]
+            step = [state.to(self._homes[-1]) for state in step]
             padded = step + [step[-1]] * (together - len(step))
             batch = padded[0] if together == 1 else torch.cat(padded)
             losses = self._row_losses(batch, text.repeat(together, 1))
@@ -200,7 +203,8 @@ class Evaluator:
         call = self.recording(start, group)[1][self.players.layers[player]]
         run = self._steps[player]
         for first in range(0, len(states), group):
-            step = states[first : first + group]
+            # States that skipped different steps may come from different GPUs.
+            step = [state.to(self._homes[player]) for state in states[first : first + group]]
             padded = step + [step[-1]] * (group - len(step))
             batch = padded[0] if group == 1 else torch.cat(padded)
             output = hidden_of(run(batch, *call.args, **call.kwargs))

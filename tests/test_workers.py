@@ -1,15 +1,18 @@
 """Evaluations spread over worker processes: the same numbers, whatever becomes of the workers."""
 
+import json
 import os
 import signal
-import time
+import sys
 from dataclasses import replace
+from multiprocessing import resource_tracker
 
 import numpy as np
 import psutil
 import pytest
 import torch
 
+from core.__main__ import main
 from core.analysis import analyze
 from core.cache import EvaluationCache
 from core.errors import LayerShapError
@@ -22,6 +25,7 @@ from core.workers.launch import _Specification
 from core.workers.local import LocalCrew, gpus_of_workers
 from core.workers.pool import RESTARTS, WorkerPool, _Queue
 from core.workers.protocol import Recipe
+from core.workers.worker import Worker
 
 N = 8
 TOKENS = torch.randint(0, 60, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -97,18 +101,17 @@ def test_ending_early_frees_the_workers_for_the_next_measurement(pool, model, tr
     assert dict(evaluator.losses(MASKS[:40])) == {row: truth[row] for row in range(40)}
 
 
-def test_a_worker_killed_in_mid_run_is_replaced_and_nothing_is_missing(model, truth):
-    with WorkerPool(model, LocalCrew(recipe_of(model), 2, [])) as pool:
-        before = dict(pool._crew.pids)
-        rows, killed = [], None
-        for row, loss in pool.evaluator(model, TOKENS).losses(MASKS):
-            assert truth[row] == loss
-            rows.append(row)
-            if killed is None and len(rows) == 20:
-                killed = busy_worker(pool)
-                os.kill(before[killed], signal.SIGKILL)
-        assert sorted(rows) == list(range(len(MASKS)))
-        assert pool._crew.pids[killed] != before[killed]
+def test_a_worker_killed_in_mid_run_is_replaced_and_nothing_is_missing(pool, model, truth):
+    before = dict(pool._crew.pids)
+    rows, killed = [], None
+    for row, loss in pool.evaluator(model, TOKENS).losses(MASKS):
+        assert truth[row] == loss
+        rows.append(row)
+        if killed is None and len(rows) == 20:
+            killed = busy_worker(pool)
+            os.kill(before[killed], signal.SIGKILL)
+    assert sorted(rows) == list(range(len(MASKS)))
+    assert pool._crew.pids[killed] != before[killed]
 
 
 def busy_worker(pool):
@@ -116,8 +119,8 @@ def busy_worker(pool):
     return min({0, 1} - pool._idle)
 
 
-def test_a_worker_that_stays_dead_leaves_its_share_to_the_other(model, truth):
-    """The second one can never load its model."""
+def test_a_worker_that_stays_dead_leaves_its_share_and_closing_in_mid_run_no_process(model, truth):
+    """The second worker can never load its model."""
 
     class HalfDead(LocalCrew):
         def start(self, worker):
@@ -127,7 +130,10 @@ def test_a_worker_that_stays_dead_leaves_its_share_to_the_other(model, truth):
 
     with WorkerPool(model, HalfDead(recipe_of(model), 2, [])) as pool:
         assert dict(pool.evaluator(model, TOKENS).losses(MASKS)) == truth
-        assert list(pool._crew.pids) == [0]
+        [left] = processes(pool)
+        measuring = pool.evaluator(model, TOKENS).losses(MASKS)
+        next(measuring)
+    assert not left.is_running()
 
 
 def test_when_all_workers_are_lost_one_sentence_says_so(model):
@@ -140,63 +146,35 @@ def test_when_all_workers_are_lost_one_sentence_says_so(model):
             os.kill(self.pids[worker], signal.SIGKILL)
 
     with WorkerPool(model, Doomed(recipe_of(model), 2, [])) as pool:
-        with pytest.raises(LayerShapError, match="All workers were lost.*killed by signal 9"):
+        with pytest.raises(LayerShapError, match=r"All workers were lost.*killed by signal 9"):
             dict(pool.evaluator(model, TOKENS).losses(MASKS))
         assert sorted(starts) == [0] * (RESTARTS + 1) + [1] * (RESTARTS + 1)
         with pytest.raises(LayerShapError, match="start new ones"):
             dict(pool.evaluator(model, TOKENS).losses(MASKS))
 
 
-def test_an_error_in_a_worker_reaches_the_user(model):
-    elsewhere = replace(recipe_of(model), weights="0" * 32)
-    with (
-        WorkerPool(model, LocalCrew(elsewhere, 1, [])) as pool,
-        pytest.raises(LayerShapError, match="found other weights"),
-    ):
-        dict(pool.evaluator(model, TOKENS).losses(MASKS))
-
-
-def test_closing_in_mid_run_leaves_no_process(model):
-    with WorkerPool(model, LocalCrew(recipe_of(model), 2, [])) as pool:
+def test_an_error_in_a_worker_reaches_the_user_and_ends_the_workers(model):
+    with WorkerPool(model, LocalCrew(recipe_of(model), 1, [])) as pool:
         started = processes(pool)
-        measuring = pool.evaluator(model, TOKENS).losses(MASKS)
-        next(measuring)
-        assert all(process.is_running() for process in started)
+        with pytest.raises(LayerShapError, match=r"A worker could not go on .*what was measured"):
+            dict(pool.evaluator(model, TOKENS + 10_000).losses(MASKS))
     assert not any(process.is_running() for process in started)
 
 
-def test_workers_end_when_the_process_that_started_them_is_killed(tiny_folder, tmp_path):
-    import subprocess
-    import sys
-
-    script = tmp_path / "script.py"
-    script.write_text(ORPHANING)
-    program = subprocess.Popen(
-        [sys.executable, script, str(tiny_folder)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )
-    started = [psutil.Process(int(pid)) for pid in program.stdout.readline().split()]
-    program.kill()
-    program.wait()
-    _, left = psutil.wait_procs(started, timeout=60)
-    assert len(started) == 1
-    assert not left
+def test_other_weights_than_were_meant_are_refused(model):
+    with pytest.raises(LayerShapError, match="found other weights"):
+        Worker(replace(recipe_of(model), weights="0" * 32, threads=None))
 
 
-ORPHANING = """
-import sys, time
-from core import load_model, start_workers
-import torch
-if __name__ == "__main__":
-    model = load_model(sys.argv[1], device="cpu", dtype="float32")
-    with start_workers("local:1", model, "cpu") as pool:
-        next(pool.evaluator(model, torch.ones(2, 9, dtype=torch.long)).losses(
-            torch.ones(1, 8, dtype=torch.bool).numpy()))
-        print(*pool._crew.pids.values(), flush=True)
-        time.sleep(60)
-"""
+def test_a_worker_ends_by_itself_when_the_other_end_of_its_pipe_is_gone(model):
+    """As it is when the process that started it is killed."""
+    with WorkerPool(model, LocalCrew(recipe_of(model), 1, [])) as pool:
+        measuring = pool.evaluator(model, TOKENS).losses(MASKS)
+        next(measuring)
+        process, ours = pool._crew._running[0]
+        ours.close()
+        process.join(60)
+        assert process.exitcode == 0
 
 
 def test_a_model_that_is_only_in_memory_is_refused(tiny_llama):
@@ -273,18 +251,53 @@ def test_other_texts_are_refused(text, model):
         start_workers(text, model)
 
 
-def test_the_command_line_spreads_an_analysis(tiny_folder, isolated_cache, tmp_path, capsys):
-    from core.__main__ import main
-
+def test_the_command_line_spreads_an_analysis(tiny_folder, isolated_cache, tmp_path):
     words = tmp_path / "text.txt"
     rng = np.random.default_rng(0)
     words.write_text(" ".join(f"w{number}" for number in rng.integers(0, 60, 4000)))
-    out = tmp_path / "study.json"
     arguments = ["analyze", "--model", str(tiny_folder), "--device", "cpu", "--text", str(words)]
-    arguments += ["--block-length", "32", "--evaluations", "24", "--out", str(out)]
-    assert main([*arguments, "--workers", "local:2"]) == 0
-    spread = out.read_text()
-    assert '"2 x cpu"' in spread
-    assert main(arguments) == 0
-    assert out.read_text().replace('"cpu"', '"2 x cpu"') == spread
-    assert not [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+    arguments += ["--block-length", "32", "--evaluations", "24"]
+    spread, alone = tmp_path / "spread.json", tmp_path / "alone.json"
+    before = psutil.Process().children(recursive=True)
+    assert main([*arguments, "--out", str(spread), "--workers", "local"]) == 0
+    assert set(psutil.Process().children(recursive=True)) <= {*before, tracker()}
+    assert main([*arguments, "--out", str(alone)]) == 0
+    studies = [json.loads(file.read_text()) for file in (spread, alone)]
+    assert studies[0]["measurements"] == studies[1]["measurements"]
+    assert studies[0]["model"] == {**studies[1]["model"], "device": "1 x cpu"}
+
+
+def tracker():
+    """The process by which Python itself watches over what spawned ones share."""
+    return psutil.Process(resource_tracker._resource_tracker._pid)
+
+
+def test_ray_actors_do_the_same_and_one_may_be_killed(model, truth):
+    ray = pytest.importorskip("ray")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
+    try:
+        with start_workers("ray?cpus=1", model, "cpu") as pool:
+            assert (pool.size, pool.device) == (2, "cpu")
+            actors = pool._crew.actors
+            pids = {
+                worker: ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+                for worker, actor in actors.items()
+            }
+            rows = []
+            for row, loss in pool.evaluator(model, TOKENS).losses(MASKS):
+                assert truth[row] == loss
+                rows.append(row)
+                if len(rows) == 20:
+                    os.kill(pids[busy_worker(pool)], signal.SIGKILL)
+            assert sorted(rows) == list(range(len(MASKS)))
+            with pytest.raises(LayerShapError, match="A worker could not go on"):
+                dict(pool.evaluator(model, TOKENS + 10_000).losses(MASKS))
+    finally:
+        ray.shutdown()
+
+
+def test_without_ray_one_sentence_says_what_to_install(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(LayerShapError, match="pip install ray"):
+        start_workers("ray://nowhere:10001", model)
