@@ -299,5 +299,5 @@ def test_ray_actors_do_the_same_and_one_may_be_killed(model, truth):
 
 def test_without_ray_one_sentence_says_what_to_install(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(LayerShapError, match="pip install ray"):
+    with pytest.raises(LayerShapError, match="pip install 'ray"):
         start_workers("ray://nowhere:10001", model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ import core
 from core.errors import LayerShapError, first_line
 from core.workers.protocol import Failed, Idle, Lost, Measured, Recipe, Report, Task
 from core.workers.worker import Worker, sentence
+
+_MISSING = (
+    "Workers on a cluster need Ray, which is not installed whole; run `pip install 'ray[client]'`."
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ def connect(address: str) -> None:
     if ray.is_initialized():
         return
     target = f"ray://{address}" if ":" in address else address or None
+    if ":" in address and find_spec("grpc") is None:
+        raise LayerShapError(_MISSING)
     try:
         ray.init(
             address=target,
@@ -160,7 +167,5 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise LayerShapError(
-            "Workers on a cluster need Ray, which is not installed; run `pip install ray`."
-        ) from error
+        raise LayerShapError(_MISSING) from error
     return ray
