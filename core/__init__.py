@@ -14,6 +14,7 @@ from core.pruning import load_pruned
 from core.selection import best_sets
 from core.study import Study
 from core.text import load_text
+from core.workers import start_workers
 
 __all__ = [
     "Analysis",
@@ -28,4 +29,5 @@ __all__ = [
     "load_pruned",
     "load_text",
     "run",
+    "start_workers",
 ]

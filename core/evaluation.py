@@ -70,6 +70,7 @@ class Evaluator:
         memory_budget: bytes that hidden states may take; by default what is free, less a reserve.
         group: masks' states per step execution; by default what the device needs to be busy.
         players: what a column of a mask stands for.
+        memory_share: of the free memory, where several evaluators share one device.
 
     Safe to use from several threads at once.
     """
@@ -82,17 +83,28 @@ class Evaluator:
         memory_budget: int | None = None,
         group: int | None = None,
         players: PlayerKind = "blocks",
+        memory_share: float = 1.0,
     ) -> None:
         self.model = model
         self.tokens = tokens.to(model.device)
         self.players = model.players(players)
         self._parts = model.taken_apart
         self._steps = model.steps(players)
-        self.plan = _plan(model, self.tokens, self.players.count, memory_budget, group)
+        # Of a model that is spread over several GPUs, where each step's weights are.
+        self._homes = [next(step.parameters()).device for step in self._steps]
+        budget = memory_budget or int(
+            _free_memory(model.device) * (1 - MEMORY_RESERVE) * memory_share
+        )
+        self.plan = _plan(model, self.tokens, self.players.count, budget, group)
         self._recordings: dict[tuple[int, int], tuple[Tensor, list[BlockCall]]] = {}
         self._recording = threading.Lock()
         self.layer_executions = 0
         """Executions of blocks, or of branches, so far, in units of one mask's whole text."""
+
+    @property
+    def device(self) -> str:
+        """The kind of device that evaluates, "cpu", "cuda" or "mps"."""
+        return self.model.device.type
 
     def losses(self, masks: Masks) -> Iterator[tuple[int, float]]:
         """Evaluate masks, bool [m, players]; yield (row of `masks`, mean NLL) as they finish.
@@ -102,8 +114,7 @@ class Evaluator:
         Raises:
             LayerShapError: one mask does not fit in the device's memory.
         """
-        order = np.lexsort(masks.T[::-1])[::-1]
-        pending = order
+        pending = prefix_order(masks)
         while len(pending):
             done = 0
             try:
@@ -154,6 +165,7 @@ class Evaluator:
         together = max(1, self.plan.head_rows // rows)
         for first in range(0, len(states), together):
             step = states[first : first + together]
+            step = [state.to(self._homes[-1]) for state in step]
             padded = step + [step[-1]] * (together - len(step))
             batch = padded[0] if together == 1 else torch.cat(padded)
             losses = self._row_losses(batch, text.repeat(together, 1))
@@ -191,7 +203,8 @@ class Evaluator:
         call = self.recording(start, group)[1][self.players.layers[player]]
         run = self._steps[player]
         for first in range(0, len(states), group):
-            step = states[first : first + group]
+            # States that skipped different steps may come from different GPUs.
+            step = [state.to(self._homes[player]) for state in states[first : first + group]]
             padded = step + [step[-1]] * (group - len(step))
             batch = padded[0] if group == 1 else torch.cat(padded)
             output = hidden_of(run(batch, *call.args, **call.kwargs))
@@ -217,6 +230,11 @@ class Evaluator:
             head_rows=max(1, plan.head_rows // 2),
             memory_budget=plan.memory_budget,
         )
+
+
+def prefix_order(masks: Masks) -> NDArray[np.intp]:
+    """The rows of masks, bool [m, n], sorted so that masks with common prefixes are neighbours."""
+    return np.lexsort(masks.T[::-1])[::-1]
 
 
 def _summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -277,14 +295,11 @@ def _common_prefix(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> int:
     return int(different[0]) if len(different) else len(a)
 
 
-def _plan(
-    model: LayeredModel, tokens: Tensor, depth: int, budget: int | None, group: int | None
-) -> Plan:
+def _plan(model: LayeredModel, tokens: Tensor, depth: int, budget: int, group: int | None) -> Plan:
     blocks, length = tokens.shape
     kind = model.device.type
     weight = next(model.module.parameters())
     row_bytes = length * model.info.hidden_size * weight.element_size()
-    budget = budget or int(_free_memory(model.device) * (1 - MEMORY_RESERVE))
     # Worst case for one mask alone: a distinct state after every player, and one step in flight.
     rows = max(1, min(blocks, budget // (row_bytes * (depth + 4))))
     group = group or max(1, STEP_TOKENS.get(kind, 4096) // (rows * length))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +22,9 @@ from core.evaluation import Evaluator
 from core.masks import Masks, mask_key
 from core.models import LayeredModel
 from core.players import PlayerKind, Players
+
+if TYPE_CHECKING:
+    from core.workers.pool import WorkerPool
 
 # Part of every cache key: raise it when the same mask would come out differently.
 EVALUATION_VERSION = 1
@@ -51,6 +54,7 @@ class LayerGame:
         tokens: LongTensor [blocks, length] of token ids.
         cache: where evaluations are kept; by default the user's cache folder.
         players: "blocks", or "sub-blocks" for attention and MLP of each separately.
+        workers: copies of the model that evaluate in place of this one.
 
     Raises:
         LayerShapError: the tokens do not fit the model, or it has no such players.
@@ -63,20 +67,26 @@ class LayerGame:
         cache: EvaluationCache | None = None,
         *,
         players: PlayerKind = "blocks",
+        workers: WorkerPool | None = None,
     ) -> None:
         _check_tokens(model, tokens)
         self.model = model
         self.tokens = tokens
         self.players = model.players(players)
         self.cache = cache if cache is not None else default_cache()
-        self.evaluator = Evaluator(model, tokens, players=players)
+        self.evaluator = (
+            Evaluator(model, tokens, players=players)
+            if workers is None
+            else workers.evaluator(model, tokens, players)
+        )
+        self._workers = workers
         self._prefix = "/".join(
             (
                 f"v{EVALUATION_VERSION}",
                 model.info.fingerprint,
                 text_fingerprint(tokens),
                 model.info.dtype,
-                model.device.type,
+                self.evaluator.device,
                 "",
             )
         )
@@ -93,7 +103,7 @@ class LayerGame:
     @cached_property
     def whole_layers(self) -> LayerGame:
         """The game of the same model, text and cache whose players are whole blocks."""
-        return LayerGame(self.model, self.tokens, self.cache)
+        return LayerGame(self.model, self.tokens, self.cache, workers=self._workers)
 
     def measure(self, masks: ArrayLike) -> Iterator[tuple[int, float]]:
         """Yield (row of `masks`, mean NLL in nats) as they become known, cached ones first.

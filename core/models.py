@@ -218,17 +218,18 @@ def describe(
     return LayeredModel(module, tokenizer, stack, info)
 
 
-def fingerprint(module: PreTrainedModel) -> str:
+def fingerprint(module: PreTrainedModel, *, buffers: bool = True) -> str:
     """A hash of every weight's bytes and of the configuration, 32 hex digits.
 
-    Two models that could give different numbers differ in it, whatever they are called.
+    Two models that could give different numbers differ in it, whatever they are called. Without
+    buffers, which devices may compute with other roundings, it is the same on every device.
     """
     config = {
         key: value
         for key, value in module.config.to_dict().items()
         if key not in ("_name_or_path", "transformers_version")
     }
-    named = [*module.named_parameters(), *module.named_buffers()]
+    named = [*module.named_parameters(), *(module.named_buffers() if buffers else ())]
     if any(tensor.is_meta for _, tensor in named):
         raise LayerShapError(
             "The model does not fit in the memory of this machine's devices; choose a smaller "

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from core.evaluation import Evaluator
+from core.evaluation import Evaluator, _PrefixWalk, prefix_order
 from core.game import LayerGame
 from core.masks import all_masks, default_strata, sample_masks
 from core.models import describe
@@ -144,3 +144,39 @@ def test_evaluators_of_one_model_in_several_threads_do_not_disturb_each_other(mo
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda text: evaluate(Evaluator(shared, text), masks), texts))
     np.testing.assert_array_equal(together, alone)
+
+
+def test_a_model_with_device_hooks_is_evaluated_the_same(model, tokens):
+    """Accelerate gives a model that is spread over several GPUs such hooks on its modules."""
+    from copy import deepcopy
+
+    from accelerate import dispatch_model
+
+    module = deepcopy(model.module)
+    places = dict.fromkeys(
+        ["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"], "cpu"
+    )
+    places |= {f"model.layers.{layer}": "cpu" for layer in range(6)}
+    hooked = describe(dispatch_model(module, places, force_hooks=True))
+    assert hooked.taken_apart.blocks[0]._hf_hook
+    masks = all_masks(6)
+    assert (
+        evaluate(Evaluator(hooked, tokens), masks) == evaluate(Evaluator(model, tokens), masks)
+    ).all()
+
+
+def test_states_follow_the_blocks_from_one_device_to_the_next(model, tokens):
+    """The last three layers on PyTorch's device without data, which refuses to be mixed as any."""
+    from copy import deepcopy
+
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    spread = describe(deepcopy(model.module))
+    for block in spread.taken_apart.blocks[3:]:
+        block.to("meta")
+        add_hook_to_module(block, AlignDevicesHook(torch.device("meta"), place_submodules=False))
+    masks = all_masks(6)
+    masks = masks[prefix_order(masks)]
+    states = _PrefixWalk(Evaluator(spread, tokens, group=4), 0).advance(masks)
+    expected = ["meta" if mask[3:].any() else "cpu" for mask in masks]
+    assert [state.device.type for state in states] == expected

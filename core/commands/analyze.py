@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ from core.analysis import Analysis, AnalysisProgress, AnalysisSettings, run
 from core.commands.sources import add_model, add_text, the_model, the_text
 from core.errors import LayerShapError
 from core.game import LayerGame
+from core.models import LayeredModel
 from core.players import PLAYER_KINDS
 from core.study import Study, TextInfo
+from core.workers import WorkerPool, start_workers, worker_device, worker_dtype
 
 
 def add(commands: Any) -> None:
@@ -43,6 +48,10 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--published", action="store_true", help="the paper's strata, budget and surrogate"
     )
+    command.add_argument(
+        "--workers",
+        help="spread evaluations: local (one per GPU), local:4, or Ray's ray, ray://host:10001",
+    )
     command.add_argument("--out", type=Path, required=True, help="the study file to write")
 
 
@@ -50,9 +59,27 @@ def analyze(options: argparse.Namespace) -> None:
     keep_freed_memory()
     if not options.out.parent.is_dir():
         raise LayerShapError(f"There is no folder {options.out.parent} to write the study to.")
-    model = the_model(options)
+    with _workers(options) as (model, workers):
+        _analyze(options, model, workers)
+
+
+@contextmanager
+def _workers(options: argparse.Namespace) -> Iterator[tuple[LayeredModel, WorkerPool | None]]:
+    """The model, and the workers that the options ask for."""
+    if options.workers is None:
+        yield the_model(options), None
+        return
+    device = worker_device(options.workers, options.device)
+    # The workers' devices are for their copies; this process only needs to know the model.
+    model = the_model(options, device="cpu", dtype=worker_dtype(options.dtype, device))
+    with start_workers(options.workers, model, device) as workers:
+        described = replace(model.info, device=f"{workers.size} x {workers.device}")
+        yield replace(model, info=described), workers
+
+
+def _analyze(options: argparse.Namespace, model: LayeredModel, workers: WorkerPool | None) -> None:
     text = the_text(options, model)
-    game = LayerGame(model, text.calibration, players=options.players)
+    game = LayerGame(model, text.calibration, players=options.players, workers=workers)
     settings = (
         AnalysisSettings.published(game.n_players)
         if options.published

@@ -28,13 +28,15 @@ def add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held-out-blocks", type=int)
 
 
-def the_model(options: argparse.Namespace) -> LayeredModel:
-    """The model that the options name."""
+def the_model(
+    options: argparse.Namespace, device: str | None = None, dtype: str | None = None
+) -> LayeredModel:
+    """The model that the options name, on another device or in another dtype if one is given."""
     return load_pruned(
         options.model,
         revision=options.revision,
-        device=options.device,
-        dtype=options.dtype,
+        device=device or options.device,
+        dtype=dtype or options.dtype,
         progress=_print_stage,
     )
 
