@@ -21,7 +21,7 @@ from core.text import BUNDLED as BUNDLED_TEXT
 from core.text import WIKITEXT
 from ui.session import Session, StopSignals
 from ui.settings import AppSettings
-from ui.status import duration, guarded, news, progress_bar, streamed
+from ui.status import alert, duration, guarded, news, progress_bar, streamed
 from ui.strip import strip_value
 from ui.workspace import ModelChoice, TextChoice, Workspaces
 
@@ -242,7 +242,10 @@ def load_handler(
                 loaded = Session.of_workspace(item)
         yield {
             session: loaded,
-            status: news("Ready. Analyse the layers, or choose some to drop and measure."),
+            status: _news(
+                "Ready. Analyse the layers, or choose some to drop and measure.",
+                loaded.workspace.calibration.cache.notice,
+            ),
             model_line: describe(loaded),
             strip: gr.update(value=strip_value(loaded), dropped=[]),
             **fresh,
@@ -327,7 +330,8 @@ def analyse_handler(
                 continue
             shown = time.monotonic()
             yield {status: _progress(step)}
-        yield {status: news(_summary(step, current))}
+        notice = workspace.calibration.cache.notice
+        yield {status: _news(_summary(step, current, notice), notice)}
 
     return analyse
 
@@ -339,12 +343,20 @@ def _progress(step: Any) -> str:
     )
 
 
-def _summary(step: Any, current: Session) -> str:
+def _news(message: str, notice: str | None) -> str:
+    """A message, and the cache's notice where there is one."""
+    return news(message) if notice is None else alert(f"{message} {notice}")
+
+
+def _summary(step: Any, current: Session, notice: str | None) -> str:
     if step.stage == "Done":
-        return f"Done: {step.done} masks measured. Every one is kept for next time."
+        return f"Done: {step.done} masks measured." + (
+            "" if notice else " Every one is kept for next time."
+        )
     used = len(current.analysis.masks) if current.analysis else 0
     return (
-        f"Stopped: {step.done} of {step.total} masks measured and kept; the charts use the {used} "
+        f"Stopped: {step.done} of {step.total} masks measured{'' if notice else ' and kept'}; "
+        f"the charts use the {used} "
         "of whole rounds. Analyse again to go on from here."
     )
 
