@@ -163,14 +163,17 @@ class EvaluationCache:
             self._opened = _identity(self._database)
             if self._opened is not None:
                 _check_whole(self._database)
-            self._cache = diskcache.Cache(
-                str(self.folder),
-                timeout=LOCK_TIMEOUT_SECONDS,
-                disk=_FloatDisk,
-                eviction_policy="none",
-                # Reading a mapped file that was cut short ends the process.
-                sqlite_mmap_size=0,
-            )
+            try:
+                self._cache = diskcache.Cache(
+                    str(self.folder),
+                    timeout=LOCK_TIMEOUT_SECONDS,
+                    disk=_FloatDisk,
+                    eviction_policy="none",
+                    # Reading a mapped file that was cut short ends the process.
+                    sqlite_mmap_size=0,
+                )
+            except (TypeError, ValueError) as error:
+                raise sqlite3.DatabaseError("its settings are not readable") from error
             self._opened = _identity(self._database)
         return self._cache
 
@@ -235,9 +238,11 @@ def _checksum(key: str, loss: float) -> str:
 
 def _check_whole(database: Path) -> None:
     with closing(sqlite3.connect(database, timeout=LOCK_TIMEOUT_SECONDS)) as connection:
+        # What is wrong may quote bytes that are no text.
+        connection.text_factory = bytes
         found = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if found != ("ok",):
-        raise sqlite3.DatabaseError(f"the database is damaged: {found[0]}")
+    if found != (b"ok",):
+        raise sqlite3.DatabaseError("the database is damaged")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -259,7 +264,9 @@ def _origin(error: BaseException) -> BaseException:
 def _is_damage(error: BaseException) -> bool:
     origin = _origin(error)
     if isinstance(origin, sqlite3.OperationalError):
-        return getattr(origin, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_ERROR
+        # Another layout of tables, or, without a code, text that is none.
+        code = getattr(origin, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+        return code & 0xFF == sqlite3.SQLITE_ERROR
     return isinstance(origin, sqlite3.DatabaseError)
 
 
