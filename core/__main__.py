@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from core.cache import default_notice
 from core.commands import accuracy, analyze, heal
-from core.errors import LayerShapError
+from core.errors import LayerShapError, advice
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,8 +23,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"layershap: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("layershap: stopped; what was measured is kept", file=sys.stderr)
+        kept = "" if default_notice() else "; what was measured is kept"
+        print(f"layershap: stopped{kept}", file=sys.stderr)
         return 130
+    except Exception as error:
+        if (sentence := advice(error)) is None:
+            raise
+        print(f"layershap: {sentence}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from core.blocks import PROBE_TOKENS, BlockStack, TakenApart, find_blocks, take_apart
-from core.bundled import bundled_folder, gguf_folder
-from core.errors import LayerShapError, first_line
+from core.bundled import bundled_folder, cache_root, gguf_folder
+from core.errors import LayerShapError, advice, first_line
 from core.packing import pack_linears
 from core.players import PLAYER_KINDS, PlayerKind, Players
 from core.sub_blocks import Branches, find_branches, halves
@@ -147,6 +147,10 @@ class LayeredModel:
         return self.module.get_input_embeddings().weight.device
 
 
+class _Unreadable(LayerShapError):
+    """A model's files are not what they should be."""
+
+
 def load_model(
     source: str = BUNDLED,
     *,
@@ -175,7 +179,17 @@ def load_model(
     report("Loading the model", None)
     target = resolve_device(device)
     kind = resolve_dtype(dtype, target)
-    module, tokenizer = _read(folder, name, target, kind)
+    try:
+        module, tokenizer = _read(folder, name, target, kind)
+    except _Unreadable as error:
+        if folder.is_relative_to(cache_root()):
+            raise LayerShapError(
+                f"The converted model in {folder} is damaged; delete that folder and start again, "
+                "and it is made anew."
+            ) from error
+        raise
+    if target.type == "cpu":
+        _detach_from_files(module)
     report("Finding the layers", None)
     model = describe(module, tokenizer, name=name, source=source, revision=revision)
     report("Ready", 1.0)
@@ -353,17 +367,17 @@ def _read(
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if not (folder / "config.json").is_file():
-        raise LayerShapError(f"{name} has no config.json, so it is not a transformers model.")
+        raise _Unreadable(f"{name} has no config.json, so it is not a transformers model.")
     weights = list(folder.glob("*.safetensors"))
     if not weights:
-        raise LayerShapError(
+        raise _Unreadable(
             f"{name} has no .safetensors weights; other formats are not read because they can "
             "carry code. Convert it with save_pretrained first."
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
-        raise LayerShapError(
+        raise _Unreadable(
             f"The configuration of {name} cannot be read: this transformers version does not know "
             "its architecture, or it needs code from its own repository, which is never run."
         ) from error
@@ -384,19 +398,28 @@ def _read(
             trust_remote_code=False,
             device_map="auto" if _needs_several_gpus(size, device) else {"": device},
         )
+    except torch.OutOfMemoryError as error:
+        raise LayerShapError(advice(error)) from error
     except Exception as error:
-        raise LayerShapError(
+        raise _Unreadable(
             f"The weights of {name} cannot be loaded ({first_line(error)}); the files may be "
             "incomplete: fetch or save the model again."
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise LayerShapError(
+        raise _Unreadable(
             f"{name} has no readable tokenizer ({first_line(error)}); put the tokenizer's files "
             "beside the weights."
         ) from error
     return module, tokenizer
+
+
+def _detach_from_files(module: nn.Module) -> None:
+    """Copy weights that are mapped from a file: what is written to it later would change them, and
+    cutting it short would end the process."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _needs_several_gpus(weight_bytes: int, device: torch.device) -> bool:

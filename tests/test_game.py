@@ -115,13 +115,6 @@ def test_clearing_empties_the_cache_and_an_infinite_loss_survives_storage(tmp_pa
     assert cache.get(["a"]) == [None]
 
 
-def test_a_cache_folder_that_cannot_be_opened_is_one_sentence(tmp_path):
-    blocker = tmp_path / "file"
-    blocker.write_text("not a folder")
-    with pytest.raises(LayerShapError, match="cannot be opened"):
-        EvaluationCache(blocker)
-
-
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [

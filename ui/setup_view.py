@@ -21,7 +21,7 @@ from core.text import WIKITEXT
 from ui import shelf
 from ui.session import Session, StopSignals
 from ui.settings import AppSettings
-from ui.status import duration, guarded, news, progress_bar, streamed
+from ui.status import alert, duration, guarded, news, progress_bar, streamed
 from ui.strip import strip_value
 from ui.workspace import ModelChoice, TextChoice, Workspaces
 
@@ -244,7 +244,10 @@ def load_handler(
             loaded = replace(ready_made, workspace=loaded.workspace, model=loaded.model)
         yield {
             session: loaded,
-            status: news("Ready. Analyse the layers, or choose some to drop and measure."),
+            status: _news(
+                "Ready. Analyse the layers, or choose some to drop and measure.",
+                loaded.workspace.calibration.cache.notice,
+            ),
             model_line: describe(loaded),
             strip: gr.update(value=strip_value(loaded), dropped=[]),
             **fresh,
@@ -327,15 +330,14 @@ def analyse_handler(
                 continue
             shown = time.monotonic()
             yield {status: _progress(step)}
-        if step.stage != "Done":
-            yield {status: news(_summary(step, current))}
-            return
-        current = replace(current, study_id=shelf.keep(current.study()))
-        yield {
-            session: current,
-            strip: gr.update(value=strip_value(current)),
-            status: news(_summary(step, current)),
-        }
+        notice = workspace.calibration.cache.notice
+        if step.stage == "Done":
+            try:
+                current = replace(current, study_id=shelf.keep(current.study()))
+            except LayerShapError as error:
+                notice = notice or str(error)
+            yield {session: current, strip: gr.update(value=strip_value(current))}
+        yield {status: _news(_summary(step, current, notice), notice)}
 
     return analyse
 
@@ -347,12 +349,20 @@ def _progress(step: Any) -> str:
     )
 
 
-def _summary(step: Any, current: Session) -> str:
+def _news(message: str, notice: str | None) -> str:
+    """A message, and the cache's notice where there is one."""
+    return news(message) if notice is None else alert(f"{message} {notice}")
+
+
+def _summary(step: Any, current: Session, notice: str | None) -> str:
     if step.stage == "Done":
-        return f"Done: {step.done} masks measured. Every one is kept for next time."
+        return f"Done: {step.done} masks measured." + (
+            "" if notice else " Every one is kept for next time."
+        )
     used = len(current.analysis.masks) if current.analysis else 0
     return (
-        f"Stopped: {step.done} of {step.total} masks measured and kept; the charts use the {used} "
+        f"Stopped: {step.done} of {step.total} masks measured{'' if notice else ' and kept'}; "
+        f"the charts use the {used} "
         "of whole rounds. Analyse again to go on from here."
     )
 

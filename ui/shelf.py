@@ -16,8 +16,8 @@ from ui.theme import ASSETS
 
 READY_MADE = ASSETS / "studies" / "smollm2-135m-instruct.json"
 STUDY_ID = re.compile(r"[0-9a-f]{32}")
-# The oldest go first; one takes about 150 KB.
-MOST_KEPT = 500
+# The oldest go first; one of 512 masks of 30 layers takes about 150 KB.
+MOST_BYTES = 256 << 20
 
 
 @lru_cache(maxsize=1)
@@ -42,9 +42,7 @@ def keep(study: Study) -> str:
         ) as file:
             file.write(content)
         os.replace(file.name, folder / f"{name}.json")
-        kept = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
-        for old in kept[:-MOST_KEPT]:
-            old.unlink(missing_ok=True)
+        _make_room(folder)
     except OSError as error:
         raise LayerShapError(
             f"The study could not be kept in {folder} ({error}), so its address will not work "
@@ -66,6 +64,16 @@ def find(name: str) -> Study:
             "file in the Study tab."
         )
     return Study.from_json(file.read_text(encoding="utf-8"))
+
+
+def _make_room(folder: Path) -> None:
+    kept = [(path, path.stat()) for path in folder.glob("*.json")]
+    excess = sum(about.st_size for _, about in kept) - MOST_BYTES
+    for path, about in sorted(kept, key=lambda item: item[1].st_mtime):
+        if excess <= 0:
+            return
+        path.unlink(missing_ok=True)
+        excess -= about.st_size
 
 
 def _folder() -> Path:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import gradio as gr
 
-from core.errors import LayerShapError
+from core.errors import LayerShapError, advice
 
 logger = logging.getLogger("layershap")
 T = TypeVar("T")
@@ -83,11 +83,12 @@ def guarded(status: gr.HTML) -> Callable:
                 yield from handler(*args, **kwargs)
             except LayerShapError as error:
                 yield {status: alert(str(error))}
-            except Exception:
+            except Exception as error:
                 logger.exception("a handler failed")
                 yield {
                     status: alert(
-                        "Something went wrong that was not foreseen; the details are in the "
+                        advice(error)
+                        or "Something went wrong that was not foreseen; the details are in the "
                         "server's log. You can go on."
                     )
                 }

@@ -131,11 +131,10 @@ def clear_handler(settings: AppSettings, view: StudyView, status: gr.HTML) -> An
 
 def cache_line() -> str:
     """Where the evaluation cache is and what it takes, as HTML."""
-    try:
-        cache = default_cache()
-        text = f"{len(cache):,} evaluations, {cache.size_bytes / 1e3:,.0f} KB, in {cache.folder}"
-    except LayerShapError as error:
-        text = str(error)
+    cache = default_cache()
+    text = f"{len(cache):,} evaluations, {cache.size_bytes / 1e3:,.0f} KB, in {cache.folder}"
+    if cache.notice:
+        text += f". {cache.notice}"
     return f'<p class="ls-read">{escape(text)}</p>'
 
 

@@ -94,9 +94,19 @@ def _analyze(options: argparse.Namespace, model: LayeredModel, workers: WorkerPo
     analysis = _measure(game, settings)
     parameters = model.player_parameters(options.players)
     study = Study(analysis, model.info, TextInfo.of(text), player_parameters=parameters)
-    options.out.write_text(study.to_json(), encoding="utf-8")
+    _write(options.out, study.to_json())
     print(analysis.verdict())
     print(f"Study of {len(analysis.masks)} masks written to {options.out}")
+
+
+def _write(out: Path, content: str) -> None:
+    try:
+        out.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise LayerShapError(
+            f"The study could not be written to {out} ({error.strerror or error}); free some disk "
+            "space, or name another place with --out."
+        ) from error
 
 
 def _measure(game: LayerGame, settings: AnalysisSettings) -> Analysis:
