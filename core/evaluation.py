@@ -94,6 +94,14 @@ class Evaluator:
         self.layer_executions = 0
         """Executions of blocks, or of branches, so far, in units of one mask's whole text."""
 
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
+
+    def of_whole_layers(self) -> Evaluator:
+        """The evaluator of the same model and text whose players are whole blocks."""
+        return Evaluator(self.model, self.tokens)
+
     def losses(self, masks: Masks) -> Iterator[tuple[int, float]]:
         """Evaluate masks, bool [m, players]; yield (row of `masks`, mean NLL) as they finish.
 

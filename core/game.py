@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -39,6 +40,21 @@ class Game(Protocol):
         ...
 
 
+class MaskEvaluator(Protocol):
+    """What a game needs of whatever evaluates its masks; see `core.evaluation.Evaluator`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where masks are evaluated."""
+        ...
+
+    def losses(self, masks: Masks) -> Iterator[tuple[int, float]]: ...
+
+    def hidden_states(self) -> list[Tensor]: ...
+
+    def of_whole_layers(self) -> MaskEvaluator: ...
+
+
 class LayerGame:
     """The layer game of a model on token blocks, every evaluation cached on disk.
 
@@ -47,6 +63,8 @@ class LayerGame:
         tokens: LongTensor [blocks, length] of token ids.
         cache: where evaluations are kept; by default the user's cache folder.
         players: "blocks", or "sub-blocks" for attention and MLP of each separately.
+        evaluator: what evaluates masks of these players on these tokens; by default an `Evaluator`
+            in this process.
 
     Raises:
         LayerShapError: the tokens do not fit the model, or it has no such players.
@@ -59,20 +77,21 @@ class LayerGame:
         cache: EvaluationCache | None = None,
         *,
         players: PlayerKind = "blocks",
+        evaluator: MaskEvaluator | None = None,
     ) -> None:
         _check_tokens(model, tokens)
         self.model = model
         self.tokens = tokens
         self.players = model.players(players)
         self.cache = cache if cache is not None else default_cache()
-        self.evaluator = Evaluator(model, tokens, players=players)
+        self.evaluator = evaluator or Evaluator(model, tokens, players=players)
         self._prefix = "/".join(
             (
                 f"v{EVALUATION_VERSION}",
                 model.info.fingerprint,
                 text_fingerprint(tokens),
                 model.info.dtype,
-                model.device.type,
+                self.evaluator.device.type,
                 "",
             )
         )
@@ -89,7 +108,8 @@ class LayerGame:
     @cached_property
     def whole_layers(self) -> LayerGame:
         """The game of the same model, text and cache whose players are whole blocks."""
-        return LayerGame(self.model, self.tokens, self.cache)
+        evaluator = self.evaluator.of_whole_layers()
+        return LayerGame(self.model, self.tokens, self.cache, evaluator=evaluator)
 
     def measure(self, masks: ArrayLike) -> Iterator[tuple[int, float]]:
         """Yield (row of `masks`, mean NLL in nats) as they become known, cached ones first.

@@ -10,11 +10,13 @@ from core.analysis import AnalysisSettings
 from core.masks import default_strata
 from core.players import Players
 from ui.accuracy_view import accuracy_handler, accuracy_view
+from ui.api import add_api, check_mcp, offer_tools
 from ui.contributions_view import contributions_view
 from ui.heal_view import KEPT_SECONDS, HealHandlers, heal_view
 from ui.interactions_view import chosen_pair, interactions_view, pair_handler
 from ui.methods_view import cost_line, methods_handler, methods_view
 from ui.prune_view import PruneHandlers, prune_view
+from ui.read_only import Writing
 from ui.session import Session, StopSignals
 from ui.settings import AppSettings
 from ui.setup_view import (
@@ -42,7 +44,7 @@ LOADING, ANALYSING, MEASURING = "loading", "analysing", "measuring"
 
 def build(settings: AppSettings) -> gr.Blocks:
     """The whole dashboard, ready to launch."""
-    workspaces, stops = Workspaces(), StopSignals()
+    workspaces, stops = Workspaces(settings.zero_gpu), StopSignals()
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         session = gr.State(Session())
         selection, tried, compared = gr.State(()), gr.State(()), gr.State(None)
@@ -134,6 +136,7 @@ def build(settings: AppSettings) -> gr.Blocks:
         methods_choices = list(methods.draw_choices(Session()).keys())
         healing_views = list(healing.draw_nothing().keys())
         marks = [contributions.bars, interactions.graph]
+        writing = Writing(settings, status)
         handlers = PruneHandlers(pruning, stops, selection, tried, status, strip)
 
         # Set-up
@@ -315,7 +318,7 @@ def build(settings: AppSettings) -> gr.Blocks:
             **heavy,
         )
         pruning.save.click(
-            handlers.save,
+            writing.on(pruning.save, handlers.save),
             [session, selection, pruning.name, tried],
             status,
             concurrency_id=MEASURING,
@@ -356,7 +359,7 @@ def build(settings: AppSettings) -> gr.Blocks:
             ),
         ):
             button.click(
-                handler,
+                writing.on(button, handler),
                 inputs,
                 status,
                 concurrency_id=MEASURING,
@@ -413,14 +416,23 @@ def build(settings: AppSettings) -> gr.Blocks:
             api_name="open_study",
             **heavy,
         )
-        study.clear.click(clear_handler(study, status), None, [study.cache, status], **quiet)
-    page.queue(default_concurrency_limit=8)
+        clear = writing.on(study.clear, clear_handler(study, status))
+        study.clear.click(clear, None, [study.cache, status], **quiet)
+        add_api(page, settings, workspaces, analysing=ANALYSING, measuring=MEASURING)
+    page.queue(default_concurrency_limit=settings.quick_jobs, max_size=settings.queue_size)
     return page
 
 
 def launch(settings: AppSettings) -> None:
-    """Build the dashboard and serve it until it is interrupted."""
-    build(settings).launch(
+    """Build the dashboard and serve it until it is interrupted.
+
+    Raises:
+        LayerShapError: what `settings` ask for is not installed.
+    """
+    if settings.mcp:
+        check_mcp()
+    page = build(settings)
+    page.launch(
         server_name=settings.host,
         server_port=settings.port,
         share=settings.share,
@@ -429,7 +441,14 @@ def launch(settings: AppSettings) -> None:
         max_file_size=f"{settings.max_upload_mb}mb",
         footer_links=["api", "settings"],
         show_error=True,
+        # The strip and the charts are drawn by the browser.
+        ssr_mode=False,
+        mcp_server=settings.mcp,
+        prevent_thread_lock=True,
     )
+    if settings.mcp:
+        offer_tools(page)
+    page.block_thread()
 
 
 def _preset(chosen: str, session: Session) -> tuple[int, str, str]:

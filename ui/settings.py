@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from core.errors import LayerShapError
+from core.text import BUNDLED as BUNDLED_TEXT
+from core.text import WIKITEXT
 
 DEFAULT_PORT = 7860
+HUB_DATA_SET = re.compile(r"(?P<id>\w[\w.-]{0,95}(/\w[\w.-]{0,95})?)(:[\w.-]+){0,2}")
+YES, NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,11 @@ class AppSettings:
         allowed_models: model sources visitors may load; None allows any, local folders included.
         max_evaluations: the largest budget one analysis may ask for.
         max_upload_mb: the largest file a visitor may send.
+        queue_size: jobs that may wait at once, None for any number; who comes later is told so.
+        quick_jobs: jobs of one kind that run at once, where they do not use the whole machine.
+        read_only: visitors save nothing on this machine and push nothing.
+        mcp: the stateless endpoints are offered as tools over the Model Context Protocol too.
+        zero_gpu: evaluations borrow a GPU from Hugging Face ZeroGPU.
     """
 
     host: str = "127.0.0.1"
@@ -28,6 +39,11 @@ class AppSettings:
     allowed_models: tuple[str, ...] | None = None
     max_evaluations: int = 20_000
     max_upload_mb: int = 64
+    queue_size: int | None = None
+    quick_jobs: int = 8
+    read_only: bool = False
+    mcp: bool = False
+    zero_gpu: bool = False
 
     @classmethod
     def read(
@@ -38,7 +54,7 @@ class AppSettings:
         On a Hugging Face Space only the bundled model may be loaded unless its owner lists others.
 
         Raises:
-            LayerShapError: a variable that should be a number is not.
+            LayerShapError: a variable that should be a number or a switch is not.
         """
         on_space = "SPACE_ID" in environment
         parser = argparse.ArgumentParser(
@@ -46,14 +62,29 @@ class AppSettings:
         )
         parser.add_argument(
             "--host",
-            default=environment.get("LAYERSHAP_HOST", "0.0.0.0" if on_space else "127.0.0.1"),
+            default=environment.get(
+                "LAYERSHAP_HOST",
+                environment.get("GRADIO_SERVER_NAME", "0.0.0.0" if on_space else "127.0.0.1"),
+            ),
             help="address to listen on (127.0.0.1: this machine only)",
         )
         parser.add_argument(
-            "--port", type=int, default=_whole(environment, "LAYERSHAP_PORT", DEFAULT_PORT)
+            "--port",
+            type=int,
+            default=_whole(
+                environment,
+                "LAYERSHAP_PORT",
+                _whole(environment, "GRADIO_SERVER_PORT", DEFAULT_PORT),
+            ),
         )
         parser.add_argument(
             "--share", action="store_true", help="make a public link through Gradio"
+        )
+        parser.add_argument(
+            "--mcp",
+            action="store_true",
+            default=_switch(environment, "LAYERSHAP_MCP"),
+            help="offer the API as tools over the Model Context Protocol (needs the mcp package)",
         )
         options = parser.parse_args(arguments)
         listed = environment.get("LAYERSHAP_ALLOWED_MODELS")
@@ -71,6 +102,11 @@ class AppSettings:
             allowed_models=allowed,
             max_evaluations=_whole(environment, "LAYERSHAP_MAX_EVALUATIONS", cls.max_evaluations),
             max_upload_mb=_whole(environment, "LAYERSHAP_MAX_UPLOAD_MB", cls.max_upload_mb),
+            queue_size=_whole(environment, "LAYERSHAP_QUEUE_SIZE", cls.queue_size, least=1),
+            quick_jobs=_whole(environment, "LAYERSHAP_QUICK_JOBS", cls.quick_jobs, least=1),
+            read_only=_switch(environment, "LAYERSHAP_READ_ONLY"),
+            mcp=options.mcp,
+            zero_gpu=_switch(environment, "SPACES_ZERO_GPU"),
         )
 
     def check_model(self, source: str) -> None:
@@ -81,16 +117,41 @@ class AppSettings:
                 f"{', '.join(self.allowed_models)}."
             )
 
+    def check_text(self, source: str) -> None:
+        """Raises LayerShapError where visitors may not read this text: a file of this machine."""
+        named_on_hub = HUB_DATA_SET.fullmatch(source)
+        if self.local_files or source == BUNDLED_TEXT:
+            return
+        if named_on_hub is None or Path(named_on_hub["id"]).exists():
+            raise LayerShapError(f"Name a Hugging Face data set, such as {WIKITEXT}.")
+
+    def check_evaluations(self, count: int) -> None:
+        """Raises LayerShapError where one analysis may not ask for so many."""
+        if count > self.max_evaluations:
+            raise LayerShapError(
+                f"Evaluations is {count}; this dashboard allows at most {self.max_evaluations}."
+            )
+
     @property
     def local_files(self) -> bool:
         """Whether visitors may name folders and files of this machine."""
         return self.allowed_models is None
 
 
-def _whole(environment: Mapping[str, str], name: str, default: int) -> int:
+def _whole(
+    environment: Mapping[str, str], name: str, default: int | None, least: int = 0
+) -> int | None:
     value = environment.get(name)
     if value is None:
         return default
-    if not value.strip().isdigit():
-        raise LayerShapError(f"{name} is {value!r}; it must be a whole number.")
+    if not value.strip().isdigit() or int(value) < least:
+        above = f" of {least} or more" if least else ""
+        raise LayerShapError(f"{name} is {value!r}; it must be a whole number{above}.")
     return int(value)
+
+
+def _switch(environment: Mapping[str, str], name: str) -> bool:
+    value = environment.get(name, "").strip().lower()
+    if value not in YES + NO:
+        raise LayerShapError(f"{name} is {environment[name]!r}; it must be 1 or 0.")
+    return value in YES

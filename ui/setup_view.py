@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -38,7 +36,6 @@ HINTS = {
     FROM_FOLDER: "a folder with config.json and .safetensors files",
     FROM_GGUF: "a file ending in .gguf",
 }
-HUB_DATA_SET = re.compile(r"(?P<id>\w[\w.-]{0,95}(/\w[\w.-]{0,95})?)(:[\w.-]+){0,2}")
 # The page is told of progress at most this often.
 REFRESH_SECONDS = 0.25
 
@@ -272,9 +269,7 @@ def _text_source(settings: AppSettings, came_from: str, file: str | None, data_s
             raise LayerShapError("Choose a text file to upload first.")
         return file
     name = (data_set or "").strip()
-    named_on_hub = HUB_DATA_SET.fullmatch(name)
-    if not settings.local_files and (named_on_hub is None or Path(named_on_hub["id"]).exists()):
-        raise LayerShapError(f"Name a Hugging Face data set, such as {WIKITEXT}.")
+    settings.check_text(name)
     return name
 
 
@@ -308,11 +303,7 @@ def analyse_handler(
             utility=utility,
             surrogate=surrogate,
         )
-        if chosen.evaluations > settings.max_evaluations:
-            raise LayerShapError(
-                f"Evaluations is {chosen.evaluations}; this dashboard allows at most "
-                f"{settings.max_evaluations}."
-            )
+        settings.check_evaluations(chosen.evaluations)
         stop = stops.begin(request.session_hash)
         shown = 0.0
         for step in run(workspace.calibration, chosen, stop.is_set):
