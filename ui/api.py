@@ -12,27 +12,31 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict
 from functools import wraps
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 import numpy as np
 
-from core import methods
 from core.analysis import Analysis, AnalysisSettings, run
 from core.errors import LayerShapError
 from core.footprint import footprint
 from core.game import LayerGame
 from core.masks import leave_out
+from core.methods import MethodResult
+from core.methods import compare_methods as compare
+from core.models import ModelInfo, Progress
 from core.players import PlayerKind, Players, parse_cut
 from core.pruning import prune
 from core.study import Study
 from ui.methods_view import DEFAULT_METHODS
 from ui.settings import AppSettings
 from ui.setup_view import REFRESH_SECONDS, whole
+from ui.status import streamed
 from ui.workspace import ModelChoice, TextChoice, Workspace, Workspaces
 
 logger = logging.getLogger("layershap")
@@ -65,6 +69,7 @@ PAGE_ENDPOINTS = {
 TOOLS = ("list_layers", "analyze_model", "measure_cut", "compare_methods", "export_study")
 
 Answer = dict[str, Any]
+T = TypeVar("T")
 
 
 def add_api(
@@ -94,19 +99,31 @@ def add_api(
         )
 
 
-def check_mcp() -> None:
-    """Raises LayerShapError where the package for the Model Context Protocol is missing."""
+def prepare_mcp() -> None:
+    """Before a page is launched with an MCP server.
+
+    Raises:
+        LayerShapError: the package for the Model Context Protocol is missing.
+    """
     if find_spec("mcp") is None:
         raise LayerShapError(NO_MCP)
+    # About the page's own endpoints, which `offer_tools` takes away.
+    warnings.filterwarnings("ignore", message="This MCP server includes a tool that has a gr.State")
 
 
 def offer_tools(page: gr.Blocks) -> None:
-    """Of a page launched with an MCP server, offer as tools only what needs no session.
+    """Of a page launched with an MCP server, offer as tools only what needs no session, in JSON.
 
-    Gradio offers every endpoint; the page's own would forget between two calls what was loaded.
+    Gradio offers every endpoint, but the page's own would forget between two calls what was loaded;
+    and it writes dictionaries as Python does.
     """
+    from mcp.types import TextContent
+
     server = page.mcp_server_obj
     assert server is not None
+    server.postprocess_output_data = lambda answers, _: [
+        TextContent(type="text", text=json.dumps(answer)) for answer in answers
+    ]
     server.tool_to_endpoint = {
         tool: endpoint
         for tool, endpoint in server.tool_to_endpoint.items()
@@ -143,13 +160,13 @@ class Tools:
     def list_layers(self, model: str = "bundled") -> Iterator[dict[str, Any]]:
         """What a language model consists of: its decoder layers and their parameters.
 
+        Answers with its name, size, context length and number format, and each layer's parameters.
+
         Args:
             model: "bundled" (SmolLM2-135M), or a Hugging Face id that this dashboard allows.
-
-        Returns:
-            The model's name, size, context length and number format, and each layer's parameters.
         """
-        loaded = self._workspaces.model(self._choice(model), _report)
+        choice = self._choice(model)
+        loaded = yield from _loading(lambda report: self._workspaces.model(choice, report))
         info = loaded.info
         yield {
             "model": _described(info),
@@ -174,6 +191,9 @@ class Tools:
 
         Measures the perplexity of many layer subsets; with the default 256 evaluations the bundled
         model takes minutes on a CPU. Every measurement is kept, so a second call is quick.
+        Answers with the contribution of each layer, the layers in order from the least needed, the
+        strongest interactions, how the surrogate agrees with subsets it never saw, and a verdict on
+        whether the ranking can be trusted.
 
         Args:
             model: "bundled" (SmolLM2-135M), or a Hugging Face id that this dashboard allows.
@@ -183,14 +203,9 @@ class Tools:
             text: "bundled" (presidential messages), or a Hugging Face data set such as "wikitext".
             blocks: blocks of calibration text.
             block_length: tokens in a block.
-
-        Returns:
-            Contributions with intervals by layer, the least needed first in least_needed, the
-            strongest interactions, the surrogate's agreement with unseen masks, and a verdict on
-            whether the ranking can be trusted.
         """
         kind: PlayerKind = "sub-blocks" if attention_and_mlp_apart else "blocks"
-        workspace = self._open(model, text, blocks, block_length, kind)
+        workspace = yield from self._open(model, text, blocks, block_length, kind)
         analysis = yield from self._analysed(workspace, evaluations, seed)
         yield {"model": _described(workspace.model.info), **_analysis(workspace, analysis)}
 
@@ -205,23 +220,23 @@ class Tools:
     ) -> Iterator[dict[str, Any]]:
         """What dropping certain layers really does: perplexities and sizes, full and pruned.
 
+        Answers with measured perplexity on held-out text (the one to decide by) and on calibration
+        text, parameters, and bytes of weights and of key/value cache per token.
+
         Args:
             dropped: layers to drop, such as "13, 17"; "12a" is an attention alone, "12m" an MLP.
             model: "bundled" (SmolLM2-135M), or a Hugging Face id that this dashboard allows.
             text: "bundled" (presidential messages), or a Hugging Face data set such as "wikitext".
             blocks: blocks of calibration text, and as many of held-out text.
             block_length: tokens in a block.
-
-        Returns:
-            Measured perplexity on held-out text (the one to decide by) and on calibration text,
-            parameters, bytes of weights and of key/value cache per token, full and pruned.
         """
-        loaded = self._workspaces.model(self._choice(model), _report)
+        choice = self._choice(model)
+        loaded = yield from _loading(lambda report: self._workspaces.model(choice, report))
         players, cut = parse_cut("Dropped layers", str(dropped), loaded.n_layers)
         keep = leave_out(players.count, cut)
         if not keep.any():
             raise LayerShapError("No layers are kept; keep at least one.")
-        workspace = self._open(model, text, blocks, block_length, players.kind)
+        workspace = yield from self._open(model, text, blocks, block_length, players.kind)
         perplexities = {}
         for name, game in (
             ("held_out", workspace.held_out),
@@ -250,6 +265,9 @@ class Tools:
     ) -> Iterator[dict[str, Any]]:
         """Which layers different pruning methods would drop, judged on held-out text.
 
+        Answers with the full model's held-out perplexity and, for each method and number of layers,
+        the set it drops, its calibration and held-out perplexity and the evaluations it took.
+
         Args:
             methods: names such as "LayerShap search", "Greedy re-evaluation", "Block Influence".
             deepest: compare sets of 1 to this many dropped layers.
@@ -257,14 +275,12 @@ class Tools:
             text: "bundled" (presidential messages), or a Hugging Face data set such as "wikitext".
             blocks: blocks of calibration text, and as many of held-out text.
             block_length: tokens in a block.
-
-        Returns:
-            The full model's held-out perplexity, and for each method and number of layers the set
-            it drops, its calibration and held-out perplexity and the evaluations it took.
         """
-        workspace = self._open(model, text, blocks, block_length)
+        workspace = yield from self._open(model, text, blocks, block_length)
         shown = 0.0
-        for step in _compared(workspace, methods, _number("deepest", deepest)):
+        for step in compare(
+            workspace.calibration, workspace.held_out, methods, _number("deepest", deepest)
+        ):
             if time.monotonic() - shown >= REFRESH_SECONDS:
                 shown = time.monotonic()
                 yield _progress(step.stage, step.done, step.total)
@@ -289,6 +305,8 @@ class Tools:
     ) -> Iterator[dict[str, Any]]:
         """The whole study of an analysis as JSON: every measured mask, estimates and provenance.
 
+        The dashboard opens the answer once it is saved as a .json file.
+
         Args:
             model: "bundled" (SmolLM2-135M), or a Hugging Face id that this dashboard allows.
             evaluations: how many layer subsets to measure; those measured before cost nothing.
@@ -297,12 +315,9 @@ class Tools:
             text: "bundled" (presidential messages), or a Hugging Face data set such as "wikitext".
             blocks: blocks of calibration text.
             block_length: tokens in a block.
-
-        Returns:
-            A study that the dashboard opens once it is saved as a .json file.
         """
         kind: PlayerKind = "sub-blocks" if attention_and_mlp_apart else "blocks"
-        workspace = self._open(model, text, blocks, block_length, kind)
+        workspace = yield from self._open(model, text, blocks, block_length, kind)
         analysis = yield from self._analysed(workspace, evaluations, seed)
         parameters = workspace.model.player_parameters(kind)
         study = Study(
@@ -321,13 +336,20 @@ class Tools:
         blocks: int,
         block_length: int,
         players: PlayerKind = "blocks",
-    ) -> Workspace:
+    ) -> Generator[Answer, None, Workspace]:
         self._settings.check_text(str(text))
         count = _number("blocks", blocks)
         chosen = TextChoice(str(text), count, _number("block_length", block_length), count)
-        return self._workspaces.open(self._choice(model), chosen, _report, players)
+        choice = self._choice(model)
+        return (
+            yield from _loading(
+                lambda report: self._workspaces.open(choice, chosen, report, players)
+            )
+        )
 
-    def _analysed(self, workspace: Workspace, evaluations: int, seed: int) -> Iterator[Answer]:
+    def _analysed(
+        self, workspace: Workspace, evaluations: int, seed: int
+    ) -> Generator[Answer, None, Analysis]:
         """Yields progress; returns the analysis."""
         chosen = AnalysisSettings(_number("evaluations", evaluations), _number("seed", seed))
         self._settings.check_evaluations(chosen.evaluations)
@@ -339,22 +361,17 @@ class Tools:
         return step.analysis
 
 
-def _compared(
-    workspace: Workspace, names: Sequence[str], deepest: int
-) -> Iterator[methods.MethodsProgress]:
-    return methods.compare_methods(
-        workspace.calibration, workspace.held_out, names, deepest, resources=workspace.resources
-    )
-
-
-def _report(stage: str, fraction: float | None) -> None:
-    """Tell the caller how far loading is."""
-    gr.Progress()(fraction or 0.0, desc=stage)
+def _loading(work: Callable[[Progress], T]) -> Generator[Answer, None, T]:
+    """Yields the stages of loading; returns what was loaded."""
+    for item in streamed(work):
+        if isinstance(item, tuple):
+            yield {"stage": item[0]}
+        else:
+            loaded = item
+    return loaded
 
 
 def _progress(stage: str, done: int, total: int) -> Answer:
-    """Tell the caller how far the work is, in the queue's way and as an answer that is not yet."""
-    gr.Progress()((done, total), desc=stage, unit="evaluations")
     return {"stage": stage, "done": done, "total": total}
 
 
@@ -370,7 +387,7 @@ def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _described(info: Any) -> Answer:
+def _described(info: ModelInfo) -> Answer:
     names = ("name", "revision", "architecture", "n_layers", "parameters", "context_length")
     more = ("dtype", "device", "fingerprint")
     return {name: getattr(info, name) for name in (*names, *more)}
@@ -426,7 +443,7 @@ def _strongest(analysis: Analysis, players: Players) -> list[Answer]:
     ]
 
 
-def _method(workspace: Workspace, result: methods.MethodResult) -> Answer:
+def _method(workspace: Workspace, result: MethodResult) -> Answer:
     frontier, players = result.frontier, workspace.calibration.players
     return {
         "method": frontier.method,

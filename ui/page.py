@@ -10,7 +10,7 @@ from core.analysis import AnalysisSettings
 from core.masks import default_strata
 from core.players import Players
 from ui.accuracy_view import accuracy_handler, accuracy_view
-from ui.api import add_api, check_mcp, offer_tools
+from ui.api import add_api, offer_tools, prepare_mcp
 from ui.contributions_view import contributions_view
 from ui.heal_view import KEPT_SECONDS, HealHandlers, heal_view
 from ui.interactions_view import chosen_pair, interactions_view, pair_handler
@@ -430,7 +430,7 @@ def launch(settings: AppSettings) -> None:
         LayerShapError: what `settings` ask for is not installed.
     """
     if settings.mcp:
-        check_mcp()
+        prepare_mcp()
     page = build(settings)
     page.launch(
         server_name=settings.host,
