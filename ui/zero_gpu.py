@@ -15,6 +15,7 @@ from dataclasses import replace
 import gradio as gr
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from core.errors import LayerShapError
@@ -25,10 +26,8 @@ from core.players import PlayerKind
 
 DEVICE = "cuda"
 # What a call asks for, and what a chunk is meant to take of it: the rest is for moving the model
-# to the GPU, and for masks that turn out slower than those before.
+# to the GPU, and for masks that share less work than those that were timed before.
 LIMIT_SECONDS, CHUNK_SECONDS = 60, 15
-# The first chunk's masks, before any was timed, and how much larger the next chunk may be.
-FIRST_MASKS, GROWTH = 8, 4
 
 Measured = tuple[list[tuple[int, float]], float]
 
@@ -47,7 +46,7 @@ class ZeroGpuEvaluator:
     ) -> None:
         self.model, self.tokens, self.players = model, tokens, players
         self._measure = _lent(weakref.ref(self))
-        self._size = FIRST_MASKS
+        self._seconds: float | None = None
 
     @property
     def device(self) -> torch.device:
@@ -65,16 +64,22 @@ class ZeroGpuEvaluator:
         """
         order = np.lexsort(masks.T[::-1])[::-1]
         while len(order):
-            part, order = np.split(order, [self._size])
+            runs = _runs(masks[order])
+            part, order = np.split(order, [self._fitting(runs)])
             losses, seconds = self._on_gpu(masks[part])
-            fitting = int(CHUNK_SECONDS * len(part) / max(seconds, 1e-9))
-            self._size = max(1, min(fitting, GROWTH * self._size))
+            self._seconds = seconds / runs[: len(part)].sum()
             for offset, loss in losses:
                 yield int(part[offset]), loss
 
     def hidden_states(self) -> list[Tensor]:
         """As `Evaluator.hidden_states`, on the CPU: one forward pass is not worth a GPU's call."""
         return Evaluator(self.model, self.tokens, players=self.players).hidden_states()
+
+    def _fitting(self, runs: NDArray[np.int_]) -> int:
+        """How many masks make the next chunk; one, while none has been timed."""
+        if self._seconds is None:
+            return 1
+        return max(1, int(np.searchsorted(np.cumsum(runs) * self._seconds, CHUNK_SECONDS)))
 
     def _on_gpu(self, masks: Masks) -> Measured:
         try:
@@ -87,6 +92,11 @@ class ZeroGpuEvaluator:
         if isinstance(measured, str):
             raise LayerShapError(measured)
         return measured
+
+
+def _runs(masks: Masks) -> NDArray[np.int_]:
+    """What each mask costs at most, in runs of a player: those it keeps, and the head."""
+    return masks.sum(axis=1) + 1
 
 
 def announce() -> None:
