@@ -8,6 +8,9 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 # Before PyTorch is: requests run in many threads, each with its own OpenMP team, and idle teams
 # that spin take the cores from the one that works.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before PyTorch is, too: on ZeroGPU this package takes CUDA over.
+if "SPACES_ZERO_GPU" in os.environ:
+    import spaces  # noqa: F401
 
 from core.allocator import keep_freed_memory
 from core.errors import LayerShapError

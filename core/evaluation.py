@@ -106,6 +106,10 @@ class Evaluator:
         """The kind of device that evaluates, "cpu", "cuda" or "mps"."""
         return self.model.device.type
 
+    def of_whole_layers(self) -> Evaluator:
+        """The evaluator of the same model and text whose players are whole blocks."""
+        return Evaluator(self.model, self.tokens)
+
     def losses(self, masks: Masks) -> Iterator[tuple[int, float]]:
         """Evaluate masks, bool [m, players]; yield (row of `masks`, mean NLL) as they finish.
 

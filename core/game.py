@@ -24,7 +24,7 @@ from core.models import LayeredModel
 from core.players import PlayerKind, Players
 
 if TYPE_CHECKING:
-    from core.workers.pool import WorkerPool
+    pass
 
 # Part of every cache key: raise it when the same mask would come out differently.
 EVALUATION_VERSION = 1
@@ -46,6 +46,21 @@ class Game(Protocol):
         ...
 
 
+class MaskEvaluator(Protocol):
+    """What a game needs of whatever evaluates its masks; see `core.evaluation.Evaluator`."""
+
+    @property
+    def device(self) -> str:
+        """The kind of device that evaluates, "cpu", "cuda" or "mps"."""
+        ...
+
+    def losses(self, masks: Masks) -> Iterator[tuple[int, float]]: ...
+
+    def hidden_states(self) -> list[Tensor]: ...
+
+    def of_whole_layers(self) -> MaskEvaluator: ...
+
+
 class LayerGame:
     """The layer game of a model on token blocks, every evaluation cached on disk.
 
@@ -54,7 +69,8 @@ class LayerGame:
         tokens: LongTensor [blocks, length] of token ids.
         cache: where evaluations are kept; by default the user's cache folder.
         players: "blocks", or "sub-blocks" for attention and MLP of each separately.
-        workers: copies of the model that evaluate in place of this one.
+        evaluator: what evaluates masks of these players on these tokens; by default an `Evaluator`
+            in this process.
 
     Raises:
         LayerShapError: the tokens do not fit the model, or it has no such players.
@@ -67,19 +83,14 @@ class LayerGame:
         cache: EvaluationCache | None = None,
         *,
         players: PlayerKind = "blocks",
-        workers: WorkerPool | None = None,
+        evaluator: MaskEvaluator | None = None,
     ) -> None:
         _check_tokens(model, tokens)
         self.model = model
         self.tokens = tokens
         self.players = model.players(players)
         self.cache = cache if cache is not None else default_cache()
-        self.evaluator = (
-            Evaluator(model, tokens, players=players)
-            if workers is None
-            else workers.evaluator(model, tokens, players)
-        )
-        self._workers = workers
+        self.evaluator = evaluator or Evaluator(model, tokens, players=players)
         self._prefix = "/".join(
             (
                 f"v{EVALUATION_VERSION}",
@@ -103,7 +114,8 @@ class LayerGame:
     @cached_property
     def whole_layers(self) -> LayerGame:
         """The game of the same model, text and cache whose players are whole blocks."""
-        return LayerGame(self.model, self.tokens, self.cache, workers=self._workers)
+        evaluator = self.evaluator.of_whole_layers()
+        return LayerGame(self.model, self.tokens, self.cache, evaluator=evaluator)
 
     def measure(self, masks: ArrayLike) -> Iterator[tuple[int, float]]:
         """Yield (row of `masks`, mean NLL in nats) as they become known, cached ones first.

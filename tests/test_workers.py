@@ -73,7 +73,9 @@ def test_parts_of_layers_and_another_text_are_evaluated_by_the_same_workers(pool
 
 def test_an_analysis_is_the_same_and_its_progress_counts_every_evaluation(pool, model, tmp_path):
     counted = []
-    spread = LayerGame(model, TOKENS, EvaluationCache(tmp_path / "a"), workers=pool)
+    spread = LayerGame(
+        model, TOKENS, EvaluationCache(tmp_path / "a"), evaluator=pool.evaluator(model, TOKENS)
+    )
     result = analyze(
         spread, evaluations=60, on_progress=lambda p: counted.append((p.stage, p.done))
     )
@@ -182,9 +184,9 @@ def test_a_model_that_is_only_in_memory_is_refused(tiny_llama):
         start_workers("local:2", describe(tiny_llama()), "cpu")
 
 
-def test_workers_of_another_model_are_refused(pool, tiny_llama, tmp_path):
+def test_workers_of_another_model_are_refused(pool, tiny_llama):
     with pytest.raises(LayerShapError, match="hold another model"):
-        LayerGame(describe(tiny_llama(N, seed=1)), TOKENS, EvaluationCache(tmp_path), workers=pool)
+        pool.evaluator(describe(tiny_llama(N, seed=1)), TOKENS)
 
 
 @pytest.mark.parametrize(("masks", "workers"), [(1, 3), (5, 8), (16, 4), (255, 2), (4000, 7)])

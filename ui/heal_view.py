@@ -188,7 +188,7 @@ class HealHandlers:
                 yield {**updates, self._status: _status(step)}
 
     def _save(self, healed: Healed | None, name: str) -> Iterator[dict]:
-        self._settings.check_may_change_machine()
+        self._settings.check_may_write()
         if healed is None:
             raise LayerShapError("There is no healed model yet; press Heal first.")
         folder = saved_folder(name)
@@ -203,6 +203,7 @@ class HealHandlers:
     def _push(self, name: str, repo: str, private: bool) -> Iterator[dict]:
         if not self._settings.local_files:
             raise LayerShapError(NOT_HERE)
+        self._settings.check_may_write()
         folder = saved_folder(name)
         for item in streamed(
             lambda report: push(folder, repo or "", private=bool(private), progress=report)

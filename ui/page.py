@@ -11,6 +11,7 @@ from core.masks import default_strata
 from core.players import Players
 from core.study import Comparison
 from ui.accuracy_view import accuracy_handler, accuracy_view
+from ui.api import add_api, offer_tools, prepare_mcp
 from ui.chart import page_head
 from ui.contributions_view import contributions_view
 from ui.guide import guide, guide_value
@@ -55,7 +56,7 @@ CLIENT = {"show_progress": "hidden", "api_visibility": "private", "queue": False
 
 def build(settings: AppSettings) -> gr.Blocks:
     """The whole dashboard, ready to launch."""
-    workspaces, stops = Workspaces(), StopSignals()
+    workspaces, stops = Workspaces(settings.zero_gpu), StopSignals()
     with gr.Blocks(
         title=TITLE,
         analytics_enabled=False,
@@ -467,12 +468,21 @@ def build(settings: AppSettings) -> gr.Blocks:
                 **pruning.draw_tried(initial.comparisons, initial.players),
             }
         )
-    page.queue(default_concurrency_limit=8)
+        for button in (pruning.save, healing.save, healing.push, study.clear):
+            button.interactive = settings.may_write
+        add_api(page, settings, workspaces, analysing=ANALYSING, measuring=MEASURING)
+    page.queue(default_concurrency_limit=settings.quick_jobs, max_size=settings.queue_size)
     return page
 
 
 def launch(settings: AppSettings, *, wait: bool = True) -> gr.Blocks:
-    """Build the dashboard and serve it; `wait` until it is interrupted, or return at once."""
+    """Build the dashboard and serve it; `wait` until it is interrupted, or return at once.
+
+    Raises:
+        LayerShapError: what `settings` ask for is not installed.
+    """
+    if settings.mcp:
+        prepare_mcp()
     page = build(settings)
     page.launch(
         server_name=settings.host,
@@ -485,8 +495,15 @@ def launch(settings: AppSettings, *, wait: bool = True) -> gr.Blocks:
         footer_links=["api", "settings"],
         show_error=True,
         state_session_capacity=MAX_SESSIONS,
-        prevent_thread_lock=not wait,
+        # The strip and the charts are drawn by the browser.
+        ssr_mode=False,
+        mcp_server=settings.mcp,
+        prevent_thread_lock=True,
     )
+    if settings.mcp:
+        offer_tools(page)
+    if wait:
+        page.block_thread()
     return page
 
 

@@ -335,7 +335,7 @@ class PruneHandlers:
         name: str,
         tried: tuple[Comparison, ...],
     ) -> Iterator[dict]:
-        self._settings.check_may_change_machine()
+        self._settings.check_may_write()
         session = session.dropping(selection)
         workspace = session.need_workspace()
         folder = saved_folder(name)

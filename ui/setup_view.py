@@ -311,11 +311,7 @@ def analyse_handler(
             utility=utility,
             surrogate=surrogate,
         )
-        if chosen.evaluations > settings.max_evaluations:
-            raise LayerShapError(
-                f"Evaluations is {chosen.evaluations}; this dashboard allows at most "
-                f"{settings.max_evaluations}."
-            )
+        settings.check_evaluations(chosen.evaluations)
         stop = stops.begin(request.session_hash)
         shown = 0.0
         for step in run(workspace.calibration, chosen, stop.is_set):

@@ -119,7 +119,7 @@ def clear_handler(settings: AppSettings, view: StudyView, status: gr.HTML) -> An
 
     @guarded(status)
     def clear() -> Iterator[dict]:
-        settings.check_may_change_machine()
+        settings.check_may_write()
         forgotten = default_cache().clear()
         yield {
             view.cache: cache_line(),

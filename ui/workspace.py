@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import LongTensor
 
 from core.errors import LayerShapError
+from core.evaluation import Evaluator
 from core.game import LayerGame
 from core.models import LayeredModel, Progress
 from core.players import PlayerKind
@@ -17,6 +18,7 @@ from core.pruning import load_pruned
 from core.resources import Resources, measure_resources
 from core.study import TextInfo
 from core.text import TextBlocks, load_text, training_blocks
+from ui.zero_gpu import ZeroGpuEvaluator, announce
 
 # Loaded models kept in memory; the least recently used goes first.
 MAX_MODELS = 2
@@ -98,9 +100,15 @@ class Workspace:
 
 
 class Workspaces:
-    """Opens workspaces; models are loaded once and shared between visitors."""
+    """Opens workspaces; models are loaded once and shared between visitors.
 
-    def __init__(self) -> None:
+    With `zero_gpu` models stay on the CPU, and masks are evaluated on a GPU that ZeroGPU lends.
+    """
+
+    def __init__(self, zero_gpu: bool = False) -> None:
+        self._zero_gpu = zero_gpu
+        if zero_gpu:
+            announce()
         self._models: OrderedDict[ModelChoice, LayeredModel] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -116,18 +124,30 @@ class Workspaces:
         Raises:
             LayerShapError: the model or the text cannot be used.
         """
-        loaded = self._model(model, progress)
+        lent = self._zero_gpu and model.device == "auto"
+        loaded = self.model(model, progress)
         progress("Reading the text", None)
         blocks = text.read(loaded)
-        return Workspace(
-            loaded,
-            blocks,
-            LayerGame(loaded, blocks.calibration, players=players),
-            LayerGame(loaded, blocks.held_out, players=players),
-            text,
+        evaluator = ZeroGpuEvaluator if lent else Evaluator
+        calibration, held_out = (
+            LayerGame(
+                loaded,
+                tokens,
+                players=players,
+                evaluator=evaluator(loaded, tokens, players=players),
+            )
+            for tokens in (blocks.calibration, blocks.held_out)
         )
+        return Workspace(loaded, blocks, calibration, held_out, text)
 
-    def _model(self, choice: ModelChoice, progress: Progress) -> LayeredModel:
+    def model(self, choice: ModelChoice, progress: Progress) -> LayeredModel:
+        """A model alone; loaded if it is not yet.
+
+        Raises:
+            LayerShapError: it cannot be used.
+        """
+        if self._zero_gpu:
+            choice = _on_cpu(choice)
         with self._lock:
             if choice not in self._models:
                 while len(self._models) >= MAX_MODELS:
@@ -141,3 +161,12 @@ class Workspaces:
                 )
             self._models.move_to_end(choice)
             return self._models[choice]
+
+
+def _on_cpu(choice: ModelChoice) -> ModelChoice:
+    """The choice where ZeroGPU lends the GPU: this process must not touch it."""
+    if choice.device not in ("auto", "cpu"):
+        raise LayerShapError(
+            "This Space borrows its GPU while it measures: leave the device at auto, or choose cpu."
+        )
+    return replace(choice, device="cpu")

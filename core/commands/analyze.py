@@ -79,7 +79,8 @@ def _workers(options: argparse.Namespace) -> Iterator[tuple[LayeredModel, Worker
 
 def _analyze(options: argparse.Namespace, model: LayeredModel, workers: WorkerPool | None) -> None:
     text = the_text(options, model)
-    game = LayerGame(model, text.calibration, players=options.players, workers=workers)
+    evaluator = workers.evaluator(model, text.calibration, options.players) if workers else None
+    game = LayerGame(model, text.calibration, players=options.players, evaluator=evaluator)
     settings = (
         AnalysisSettings.published(game.n_players)
         if options.published

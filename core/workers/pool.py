@@ -165,6 +165,10 @@ class PoolEvaluator:
     def device(self) -> str:
         return self._pool.device
 
+    def of_whole_layers(self) -> PoolEvaluator:
+        """See `Evaluator.of_whole_layers`."""
+        return PoolEvaluator(self._pool, self._tokens, "blocks")
+
     def losses(self, masks: Masks) -> Iterator[tuple[int, float]]:
         """See `Evaluator.losses`."""
         tokens = np.ascontiguousarray(self._tokens.cpu().numpy(), dtype=np.int64)
