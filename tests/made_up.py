@@ -112,7 +112,15 @@ def accuracies(tasks: int = 8) -> list[TaskAccuracy]:
     names += ("boolq", "lambada_openai")
     return [
         TaskAccuracy(
-            name, "acc_norm", 0.4 + 0.08 * k, 0.04, 0.35 + 0.06 * k, 0.04, 0.03, 200, 0.5 / (1 + k % 2)
+            name,
+            "acc_norm",
+            0.4 + 0.08 * k,
+            0.04,
+            0.35 + 0.06 * k,
+            0.04,
+            0.03,
+            200,
+            0.5 / (1 + k % 2),
         )
         for k, name in enumerate(names[:tasks])
     ]

@@ -46,6 +46,8 @@ TOLERANCE = 1.5
 LEAST_CONTRAST = 4.5
 SCRIPT = """
 async cases => {
+  document.querySelectorAll(".js-plotly-plot").forEach(Plotly.purge);
+  document.body.replaceChildren();
   const boxOf = element => {
     const box = element.getBoundingClientRect();
     return [box.left, box.top, box.right, box.bottom];
@@ -183,7 +185,7 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page(browser):
     sheet = browser.new_page(viewport={"width": sum(WIDTHS) + 120, "height": 900})
     sheet.set_content("<!doctype html><html><body></body></html>")
@@ -197,8 +199,7 @@ def page(browser):
         """
     )
     sheet.add_script_tag(path=Path(plotly.__file__).parent / "package_data" / "plotly.min.js")
-    yield sheet
-    sheet.close()
+    return sheet
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -235,9 +236,7 @@ def faults_of(drawn):
         faults += overlaps(itertools.combinations(parts[kind], 2))
     faults += [f"{tick['text']!r} is turned" for tick in parts["xticks"] if tick["turned"]]
     apart = ("plot", "titles", "legends", "bars", "annotations")
-    faults += overlaps(
-        itertools.combinations([part for kind in apart for part in parts[kind]], 2)
-    )
+    faults += overlaps(itertools.combinations([part for kind in apart for part in parts[kind]], 2))
     ticks = parts["xticks"] + parts["yticks"]
     beside = [part for kind in apart for part in parts[kind]]
     faults += overlaps(itertools.product(ticks, beside))
@@ -269,7 +268,9 @@ def rgb(colour):
     """Red, green and blue of "#rrggbb" or "rgb(…)", 0 to 1."""
     if colour.startswith("#"):
         return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-    return np.array([float(part) for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]) / 255
+    return (
+        np.array([float(part) for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]) / 255
+    )
 
 
 def linear(colour):
