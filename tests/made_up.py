@@ -39,7 +39,7 @@ def interactions(players: Players) -> Interactions:
     rng = np.random.default_rng(n)
     distance = np.abs(np.arange(n)[:, None] - np.arange(n))
     values = rng.normal(0, 0.004, (n, n)) - 0.06 * np.exp(-distance / 2) * rng.random((n, n))
-    values[:3] += 0.1 * rng.random((3, n))
+    values[:3] += 0.06 * rng.random((3, n))
     values = np.triu(values, 1)
     return Interactions(values + values.T, np.full((n, n), 0.02), np.arange(n - 1))
 

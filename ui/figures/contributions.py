@@ -138,7 +138,7 @@ def surrogate_scatter(analysis: Analysis) -> go.Figure:
     predicted = np.exp(analysis.full_loss + surrogate.out_of_fold)
     kept, noun = analysis.masks.sum(axis=1), analysis.players.noun
     figure = base_figure(
-        height=400, title_x="measured perplexity (log scale)", title_y="predicted, mask unseen"
+        height=400, title_x="measured perplexity (log scale)", title_y="predicted perplexity (log)"
     )
     ends = [
         float(min(measured.min(), predicted.min())),

@@ -94,7 +94,7 @@ def interaction_heatmap(interactions: Interactions, players: Players | None = No
         **root_scale(values, "← stand in for each other     need each other →"),
     )
     ticks = player_ticks(players)
-    figure.update_xaxes(showgrid=False, **ticks, constrain="domain")
+    figure.update_xaxes(showgrid=False, **ticks, constrain="domain", constraintoward="left")
     figure.update_yaxes(
         showgrid=False,
         **ticks,
@@ -121,7 +121,14 @@ def interaction_graph(
     figure = base_figure(
         height=340,
         title_x=f"{players.noun}, in depth order",
-        title_y="← stand in     need each other →",
+        title_y="     ".join(
+            words
+            for words, there in (
+                ("← stand in", (pairs["interaction"] < 0).any()),
+                ("need each other →", (pairs["interaction"] >= 0).any()),
+            )
+            if there
+        ),
     )
     largest = float(pairs["interaction"].abs().max()) if len(pairs) else 1.0
     for row in pairs.itertuples(index=False):

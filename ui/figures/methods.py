@@ -12,12 +12,12 @@ from core.resources import RESOURCES, Resource
 from core.selection import METHOD
 from ui.figures.style import (
     ACCENT,
+    FREE_LOG_AXIS,
     LEGEND,
     QUIET,
     base_figure,
     cell_gap,
     layer_ticks,
-    log_axis,
     number,
     player_ticks,
     wrapped,
@@ -25,7 +25,8 @@ from ui.figures.style import (
 
 CHART_HOW_TO_READ = (
     "Lower is better: perplexity on held-out text, which chose none of the sets. Hover for the set "
-    "and for the evaluations it took. Speed-up is predicted from the measured time of the model's "
+    "and for the evaluations it took; click a method in the legend to hide it, and the scale "
+    "follows. Speed-up is predicted from the measured time of the model's "
     "parts; Prune and compare measures it."
 )
 MAP_HOW_TO_READ = (
@@ -89,6 +90,8 @@ EVALUATION_TICKS = (1, 10, 100, 1000, 10_000, 100_000)
 # A row has room for a name in two lines; a pixel less and they touch the next row's.
 ROW_PIXELS, MARGIN_PIXELS = 34, 90
 NAME_CHARACTERS = 21
+# On a phone the legend has a row for every method.
+LEGEND_PIXELS = 15
 # Pale, so that the numbers stay readable on it, on light and dark pages.
 AGREEMENT_SCALE = [[0.0, "rgba(47, 111, 223, 0)"], [1.0, "rgba(47, 111, 223, 0.20)"]]
 
@@ -100,7 +103,9 @@ def methods_chart(comparison: MethodsComparison, axis: str = BY_DEPTH) -> go.Fig
     """
     title, _ = AXES[axis]
     figure = base_figure(
-        height=480, title_x=title, title_y="← better   held-out perplexity (log scale)"
+        height=360 + LEGEND_PIXELS * len(comparison.results),
+        title_x=title,
+        title_y="← better   held-out perplexity, log",
     )
     depths = list(range(1, comparison.deepest + 1))
     places = {
@@ -144,8 +149,7 @@ def methods_chart(comparison: MethodsComparison, axis: str = BY_DEPTH) -> go.Fig
     figure.update_xaxes(range=[start, end], tickformat="~g")
     if axis == BY_DEPTH:
         figure.update_xaxes(tickvals=layer_ticks(comparison.deepest + 1))
-    shown = [value for trace in figure.data for value in trace.y if value is not None]
-    figure.update_yaxes(**log_axis(shown))
+    figure.update_yaxes(**FREE_LOG_AXIS)
     return figure
 
 
@@ -160,7 +164,7 @@ def methods_map(comparison: MethodsComparison, dropped: int) -> go.Figure:
     ]
     figure = base_figure(
         height=MARGIN_PIXELS + ROW_PIXELS * len(ranked),
-        title_x=f"{players.noun}, where {dropped} {'layer is' if dropped == 1 else 'layers are'} "
+        title_x=f"{players.noun}, at {dropped} {'layer' if dropped == 1 else 'layers'} "
         + ("dropped" if players.kind == "blocks" else "dropped or saved"),
         title_y="best first →",
     )
@@ -180,7 +184,7 @@ def methods_map(comparison: MethodsComparison, dropped: int) -> go.Figure:
         ],
         hovertemplate="%{y}<br>%{text}<extra></extra>",
     )
-    figure.update_xaxes(**player_ticks(players), showgrid=False)
+    figure.update_xaxes(**player_ticks(players, most=8), showgrid=False)
     figure.update_yaxes(
         autorange="reversed",
         showgrid=False,
@@ -194,23 +198,22 @@ def methods_map(comparison: MethodsComparison, dropped: int) -> go.Figure:
 def methods_cost(comparison: MethodsComparison, dropped: int) -> go.Figure:
     """Held-out perplexity at one depth against the model evaluations spent, both logarithmic."""
     figure = base_figure(
-        height=400,
-        title_x="← better   model evaluations to choose (log scale)",
-        title_y="← better   held-out perplexity (log scale)",
+        height=320 + LEGEND_PIXELS * len(comparison.results),
+        title_x="← better   model evaluations spent, log",
+        title_y="← better   held-out perplexity, log",
     )
-    shown, most_spent = [], 1
+    most_spent = 1
     for result in _ranked(comparison, dropped):
         loss = result.held_out[dropped - 1]
         if not np.isfinite(loss):
             continue
         spent = result.frontier.evaluations[dropped - 1]
         most_spent = max(most_spent, spent)
-        shown.append(float(np.exp(loss)))
         colour, symbol = _style(result.frontier.method)
         figure.add_scatter(
             name=result.frontier.method,
             x=[max(spent, NO_EVALUATIONS)],
-            y=[shown[-1]],
+            y=[float(np.exp(loss))],
             mode="markers",
             marker={"size": 12 if _is_ours(result) else 10, "color": colour, "symbol": symbol},
             hovertext=[_hover(comparison, result, dropped)],
@@ -222,8 +225,7 @@ def methods_cost(comparison: MethodsComparison, dropped: int) -> go.Figure:
         tickvals=(NO_EVALUATIONS, *EVALUATION_TICKS),
         ticktext=["none", *map(number, EVALUATION_TICKS)],
     )
-    if shown:
-        figure.update_yaxes(**log_axis(shown))
+    figure.update_yaxes(**FREE_LOG_AXIS)
     figure.update_layout(showlegend=True, legend=LEGEND)
     return figure
 
@@ -317,5 +319,6 @@ def _hover(comparison: MethodsComparison, result: MethodResult, k: int) -> str:
         f"held-out {number(float(np.exp(result.held_out[k - 1])))}, calibration "
         f"{number(float(np.exp(result.calibration[k - 1])))}<br>"
         f"saves {saved[0]} of parameters, {saved[1]} of cache,<br>"
-        f"{saved[2]} of writing time (predicted)<br>{frontier.evaluations[k - 1]:,} model evaluations"
+        f"{saved[2]} of writing time (predicted)<br>{frontier.evaluations[k - 1]:,} model "
+        "evaluations"
     )

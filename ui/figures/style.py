@@ -60,20 +60,23 @@ COLOUR_BAR = {
     "x": 0,
     "xanchor": "left",
     "xpad": 0,
-    "y": 1,
+    "y": 1.02,
     "yanchor": "bottom",
     "ypad": 8,
     "tickfont": {"size": 11},
 }
 LEGEND = {
     "orientation": "h",
-    "x": 0,
-    "y": 1.01,
-    "yanchor": "bottom",
+    "xref": "container",
+    "x": 0.01,
+    "xanchor": "left",
+    "yref": "container",
+    "y": 1,
+    "yanchor": "top",
     "itemsizing": "trace",
     # As many rows as a narrow screen needs; never a scroll bar.
     "maxheight": 1,
-    "font": {"size": 12},
+    "font": {"size": 11},
 }
 # What fits across a chart on a phone.
 LINE_CHARACTERS = 38
@@ -136,9 +139,9 @@ def whole_layers(n: int, players: Players | None) -> Players:
     return players or Players("blocks", n)
 
 
-def player_ticks(players: Players) -> dict:
+def player_ticks(players: Players, most: int = 15) -> dict:
     """Labels of a depth axis on which every player has its own place: whole layers' first ones."""
-    most = 15 if players.kind == "blocks" else 10
+    most = most if players.kind == "blocks" else min(most, 10)
     places = [players.per_layer * layer for layer in layer_ticks(players.n_layers, most)]
     return {"tickvals": places, "ticktext": [players.label(place) for place in places]}
 
@@ -173,6 +176,10 @@ def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
     step = 10.0 ** math.floor(math.log10((high - low) / 2)) if high > low else 1.0
     step *= max(1, round((high - low) / 4 / step))
     return [step * place for place in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+# A logarithmic axis that follows what the reader shows and hides.
+FREE_LOG_AXIS = {"type": "log", "tickformat": "~s"}
 
 
 def log_axis(values: ArrayLike, most: int = 7) -> dict:
