@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from core.accuracy import TaskAccuracy
-from ui.figures.style import ACCENT, QUIET, base_figure, signed
+from ui.figures.style import ACCENT, LEGEND, QUIET, base_figure, signed
 
 HOW_TO_READ = (
     "Further right is better; whiskers are 95 % intervals, and a small upright line is what "
@@ -24,7 +24,7 @@ APART = 0.17
 def accuracy_chart(results: Sequence[TaskAccuracy]) -> go.Figure:
     """Accuracy, one row per task in the order measured, first on top."""
     figure = base_figure(
-        height=MARGIN_PIXELS + ROW_PIXELS * max(len(results), 2), title_x="accuracy"
+        height=MARGIN_PIXELS + ROW_PIXELS * max(len(results), 2), title_x="accuracy (better →)"
     )
     rows = range(len(results))
     chances = [(row, r.chance) for row, r in zip(rows, results, strict=True) if r.chance]
@@ -68,11 +68,7 @@ def accuracy_chart(results: Sequence[TaskAccuracy]) -> go.Figure:
             text=hover,
             hovertemplate="%{text}<extra></extra>",
         )
-    figure.update_layout(
-        showlegend=True,
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        margin_t=40,
-    )
+    figure.update_layout(showlegend=True, legend=LEGEND)
     figure.update_xaxes(range=[0, 1.02], tickformat=".0%", dtick=0.25)
     figure.update_yaxes(
         tickvals=list(rows),

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import plotly.graph_objects as go
 
 from core.players import Players
 from core.study import Comparison
-from ui.figures.style import ACCENT, CONTRAST, QUIET, base_figure, layer_ticks
+from ui.figures.style import (
+    ACCENT,
+    CONTRAST,
+    LEGEND,
+    QUIET,
+    base_figure,
+    layer_ticks,
+    log_axis,
+    number,
+    wrapped,
+)
 
 HOW_TO_READ = (
     "Lower is better. Blue dots, on held-out text, are what counts; a diamond is the measured "
@@ -21,13 +32,16 @@ def comparison_chart(
 ) -> go.Figure:
     """Perplexity, logarithmic, against the number of layers dropped, or of parts of them."""
     noun = players.noun if players else "layer"
-    figure = base_figure(height=340, title_x=f"{noun}s dropped", title_y="perplexity (log scale)")
+    figure = base_figure(
+        height=360, title_x=f"{noun}s dropped", title_y="← better   perplexity (log scale)"
+    )
     named = players.labels if players else lambda dropped: ", ".join(map(str, dropped))
     counts = [len(c.dropped) for c in comparisons]
     hover = [
-        f"dropped {named(c.dropped) or 'nothing'}<br>held-out "
-        f"{c.held_out_pruned:.4g} (full model {c.held_out_full:.4g})<br>calibration "
-        f"{c.calibration_pruned:.4g} (full model {c.calibration_full:.4g})"
+        wrapped(f"dropped {named(c.dropped) or 'nothing'}")
+        + f"<br>held-out {number(c.held_out_pruned)} (full model {number(c.held_out_full)})"
+        f"<br>calibration {number(c.calibration_pruned)} (full model "
+        f"{number(c.calibration_full)})"
         for c in comparisons
     ]
     sets = {"sets": [list(c.dropped) for c in comparisons]}
@@ -39,7 +53,7 @@ def comparison_chart(
             y=[full, full],
             mode="lines",
             line={"color": QUIET, "dash": "dot", "width": 1.5},
-            hovertemplate="full model, held-out %{y:.4g}<extra></extra>",
+            hovertemplate=f"full model, held-out {number(full)}<extra></extra>",
         )
     predicted = [
         (k, c)
@@ -60,7 +74,12 @@ def comparison_chart(
             "thickness": 1,
             "color": CONTRAST,
         },
-        hovertemplate="predicted %{y:.4s}<extra></extra>",
+        text=[
+            f"predicted {number(c.predicted)}, calibration<br>90 % range "
+            f"{number(c.predicted_low)} to {number(c.predicted_high)}"
+            for _, c in predicted
+        ],
+        hovertemplate="%{text}<extra></extra>",
     )
     figure.add_scatter(
         name="measured, calibration",
@@ -82,12 +101,11 @@ def comparison_chart(
         text=hover,
         hovertemplate="%{text}<extra></extra>",
     )
-    figure.update_layout(
-        showlegend=True,
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        margin_t=40,
-    )
+    figure.update_layout(showlegend=True, legend=LEGEND)
     most = max(counts, default=1) + 1
     figure.update_xaxes(range=[0, most], tickvals=layer_ticks(most + 1))
-    figure.update_yaxes(type="log", tickformat="~g", minor={"ticks": ""})
+    reached = [value for trace in figure.data for value in trace.y]
+    reached += [end for _, c in predicted for end in (c.predicted_low, c.predicted_high)]
+    shown = [value for value in reached if np.isfinite(value)]
+    figure.update_yaxes(**log_axis(shown or [1, 100]))
     return figure

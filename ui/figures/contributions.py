@@ -15,8 +15,11 @@ from ui.figures.style import (
     COLOUR_BAR,
     QUIET,
     SEQUENTIAL,
+    WHISKER,
     base_figure,
+    cell_gap,
     layer_ticks,
+    log_axis,
     number,
     player_ticks,
     root_scale,
@@ -36,7 +39,9 @@ SCATTER_HOW_TO_READ = (
     "Every dot is a mask the surrogate was tested on without having seen it; dots on the line were "
     "predicted exactly."
 )
-BAR_PIXELS = 17
+# Beyond so many bars they stand closer: 126 layers are otherwise two screens tall.
+MANY_BARS = 40
+BAR_PIXELS, DENSE_PIXELS = 17, 13
 
 
 def contribution_bars(
@@ -54,7 +59,8 @@ def contribution_bars(
     ranks = np.empty(n, dtype=int)
     ranks[np.argsort(-values, kind="stable")] = np.arange(1, n + 1)
     figure = base_figure(
-        height=70 + max(6, n) * BAR_PIXELS, title_x="contribution to utility (needed more →)"
+        height=70 + max(6, n) * (DENSE_PIXELS if n > MANY_BARS else BAR_PIXELS),
+        title_x="contribution to utility (needed more →)",
     )
     labels = [players.name(player) for player in order]
     figure.add_bar(
@@ -67,7 +73,7 @@ def contribution_bars(
             "symmetric": False,
             "array": (intervals[order, 1] - values[order]),
             "arrayminus": (values[order] - intervals[order, 0]),
-            "color": QUIET,
+            "color": WHISKER,
             "thickness": 1.2,
             "width": 2,
         },
@@ -75,8 +81,9 @@ def contribution_bars(
         hovertemplate="%{customdata}<extra></extra>",
     )
     figure.update_layout(bargap=0.3, meta={"order": order.tolist()})
-    figure.update_yaxes(showgrid=False, tickfont={"size": 11}, dtick=1)
-    figure.update_xaxes(zeroline=True, zerolinecolor=QUIET, zerolinewidth=1)
+    figure.update_yaxes(showgrid=False, tickfont={"size": 10 if n > MANY_BARS else 11}, dtick=1)
+    # On top, where reading starts: the lower end may be a screen further down.
+    figure.update_xaxes(side="top", nticks=6, zeroline=True, zerolinecolor=QUIET, zerolinewidth=1)
     return figure
 
 
@@ -86,7 +93,7 @@ def contribution_heatmap(contributions: Contributions, players: Players | None =
     players = whole_layers(n, players)
     by_size = contributions.by_size.T
     figure = base_figure(
-        height=300 if len(by_size) < 16 else min(620, 120 + 15 * len(by_size)),
+        height=340 if len(by_size) < 16 else min(640, 150 + 15 * len(by_size)),
         title_x=f"{players.noun}, in depth order",
         title_y=f"other {players.noun}s kept",
     )
@@ -105,9 +112,9 @@ def contribution_heatmap(contributions: Contributions, players: Players | None =
         z=signed_root(by_size),
         customdata=hover,
         hovertemplate="%{customdata}<extra></extra>",
-        xgap=1,
-        ygap=1,
-        **root_scale(by_size),
+        xgap=cell_gap(n),
+        ygap=cell_gap(n),
+        **root_scale(by_size, "← hurts         contribution to utility         helps →"),
     )
     figure.update_layout(meta={"x": "player"})
     figure.update_xaxes(showgrid=False, **player_ticks(players))
@@ -123,7 +130,7 @@ def surrogate_scatter(analysis: Analysis) -> go.Figure:
     predicted = np.exp(analysis.full_loss + surrogate.out_of_fold)
     kept, noun = analysis.masks.sum(axis=1), analysis.players.noun
     figure = base_figure(
-        height=360, title_x="measured perplexity", title_y="predicted perplexity, mask unseen"
+        height=400, title_x="measured perplexity (log scale)", title_y="predicted perplexity (log)"
     )
     ends = [
         float(min(measured.min(), predicted.min())),
@@ -141,18 +148,22 @@ def surrogate_scatter(analysis: Analysis) -> go.Figure:
             "color": kept,
             "colorscale": SEQUENTIAL,
             "opacity": 0.8,
-            "colorbar": {**COLOUR_BAR, "title": {"text": f"{noun}s kept", "side": "right"}},
+            "colorbar": {
+                **COLOUR_BAR,
+                "len": 180,
+                "nticks": 6,
+                "title": {"text": f"{noun}s kept", "side": "top", "font": {"size": 12}},
+            },
             "line": {"width": 0},
         },
-        customdata=np.stack([measured, predicted, kept], axis=1),
-        hovertemplate=(
-            f"%{{customdata[2]}} {noun}s kept"
-            "<br>measured %{customdata[0]:,.3s}"
-            "<br>predicted %{customdata[1]:,.3s}<extra></extra>"
-        ),
+        text=[
+            f"{k} {noun}s kept<br>measured {number(m)}<br>predicted {number(p)}"
+            for m, p, k in zip(measured, predicted, kept, strict=True)
+        ],
+        hovertemplate="%{text}<extra></extra>",
     )
-    figure.update_xaxes(type="log", exponentformat="power", dtick=1)
-    figure.update_yaxes(type="log", exponentformat="power", dtick=1)
+    figure.update_xaxes(**log_axis(ends, most=5))
+    figure.update_yaxes(**log_axis(ends))
     return figure
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from core.healing import HealingCurve
-from ui.figures.style import ACCENT, CONTRAST, QUIET, base_figure
+from ui.figures.style import ACCENT, CONTRAST, LEGEND, QUIET, base_figure
 
 HOW_TO_READ = (
     "Grey is the loss of each step's text, blue that of calibration blocks set apart from "
@@ -16,7 +16,9 @@ HOW_TO_READ = (
 
 def healing_curve(curve: HealingCurve, steps: int) -> go.Figure:
     """Loss in nats per token against steps made, of `steps` in all."""
-    figure = base_figure(height=320, title_x="step", title_y="loss, nats per token")
+    figure = base_figure(
+        height=320, title_x="training step", title_y="← better   loss, nats per token"
+    )
     # A loss that is not finite leaves a gap.
     losses = [loss if np.isfinite(loss) else None for loss in curve.losses]
     figure.add_scatter(
@@ -51,10 +53,6 @@ def healing_curve(curve: HealingCurve, steps: int) -> go.Figure:
         },
         hoverinfo="skip",
     )
-    figure.update_layout(
-        showlegend=True,
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        margin_t=40,
-    )
+    figure.update_layout(showlegend=True, legend=LEGEND)
     figure.update_xaxes(range=[-0.01 * steps, 1.02 * steps], tickformat="d")
     return figure

@@ -13,8 +13,10 @@ from core.players import Players
 from ui.figures.style import (
     ACCENT,
     CONTRAST,
+    GRID,
     QUIET,
     base_figure,
+    cell_gap,
     number,
     player_ticks,
     root_scale,
@@ -29,7 +31,8 @@ HEATMAP_HOW_TO_READ = (
 )
 GRAPH_HOW_TO_READ = (
     "An arc joins each of the strongest pairs, wider for stronger: blue above the line need each "
-    "other, orange below it stand in for each other."
+    "other, orange below it stand in for each other. Dotted arcs could be chance: less than twice "
+    "their standard error."
 )
 PAIR_HOW_TO_READ = (
     "Four measured utilities. If the last bar falls short of the dashed line, which is what the "
@@ -68,7 +71,7 @@ def interaction_heatmap(interactions: Interactions, players: Players | None = No
     n = len(values)
     players = whole_layers(n, players)
     np.fill_diagonal(values, np.nan)
-    figure = base_figure(height=520, title_x=players.noun, title_y=players.noun)
+    figure = base_figure(height=540, title_x=players.noun, title_y=players.noun)
     hover = [
         [
             f"{players.name(i)} and {players.name(j)}<br>interaction "
@@ -86,15 +89,20 @@ def interaction_heatmap(interactions: Interactions, players: Players | None = No
         customdata=hover,
         hovertemplate="%{customdata}<extra></extra>",
         hoverongaps=False,
-        xgap=1,
-        ygap=1,
-        **root_scale(values),
+        xgap=cell_gap(n),
+        ygap=cell_gap(n),
+        **root_scale(values, "← stand in for each other     need each other →"),
     )
     figure.update_layout(meta={"x": "player", "y": "player"})
     ticks = player_ticks(players)
-    figure.update_xaxes(showgrid=False, **ticks, constrain="domain")
+    figure.update_xaxes(showgrid=False, **ticks, constrain="domain", constraintoward="left")
     figure.update_yaxes(
-        showgrid=False, **ticks, autorange="reversed", scaleanchor="x", constrain="domain"
+        showgrid=False,
+        **ticks,
+        autorange="reversed",
+        scaleanchor="x",
+        constrain="domain",
+        constraintoward="top",
     )
     return figure
 
@@ -110,7 +118,18 @@ def interaction_graph(
     players = whole_layers(n, players)
     pairs = strongest_pairs(interactions, strongest, players)
     place = {players.label(player): player for player in range(n)}
-    figure = base_figure(height=320, title_x=f"{players.noun}, in depth order")
+    figure = base_figure(
+        height=340,
+        title_x=f"{players.noun}, in depth order",
+        title_y="     ".join(
+            words
+            for words, there in (
+                ("← stand in", (pairs["interaction"] < 0).any()),
+                ("need each other →", (pairs["interaction"] >= 0).any()),
+            )
+            if there
+        ),
+    )
     largest = float(pairs["interaction"].abs().max()) if len(pairs) else 1.0
     for row in pairs.itertuples(index=False):
         i, j, value, error = place[row[0]], place[row[1]], row[2], row[3]
@@ -123,6 +142,7 @@ def interaction_graph(
             line={
                 "color": ACCENT if value >= 0 else CONTRAST,
                 "width": 1 + 5 * abs(value) / (largest or 1.0),
+                "dash": "solid" if _is_clear(value, error) else "dot",
             },
             opacity=0.75,
             meta={"pair": [i, j]},
@@ -143,7 +163,9 @@ def interaction_graph(
     )
     figure.update_layout(meta={"x": "player"})
     figure.update_xaxes(showgrid=False, **player_ticks(players), range=[-1, n])
-    figure.update_yaxes(visible=False)
+    figure.update_yaxes(
+        showgrid=False, showticklabels=False, zeroline=True, zerolinecolor=GRID, zerolinewidth=1
+    )
     return figure
 
 
@@ -151,9 +173,10 @@ def pair_utilities(first: str, second: str, utilities: Sequence[float]) -> go.Fi
     """Measured utilities: full model, without `first`, without `second`, without both."""
     full, without_first, without_second, _ = utilities
     additive = without_first + without_second - full
-    figure = base_figure(height=300, title_y="utility, PPL(full) / PPL(mask)")
+    figure = base_figure(height=320, title_y="utility, PPL(full) / PPL(mask)")
+    names = ["full model", f"without {first}", f"without {second}", "without both"]
     figure.add_bar(
-        x=["full model", f"without {first}", f"without {second}", "without both"],
+        x=names,
         y=list(utilities),
         marker={"color": [QUIET, ACCENT, ACCENT, CONTRAST]},
         text=[number(value) for value in utilities],
@@ -170,18 +193,27 @@ def pair_utilities(first: str, second: str, utilities: Sequence[float]) -> go.Fi
         line={"color": QUIET, "width": 2, "dash": "dash"},
     )
     figure.add_annotation(
-        x=3.5,
-        y=additive,
+        x=1,
+        y=1,
+        xref="paper",
+        yref="paper",
         xanchor="right",
         yanchor="bottom",
+        yshift=20,
         showarrow=False,
-        text=f"sum of the parts {number(additive)}",
+        text=f"dashed line: sum of the parts, {number(additive)}",
     )
-    figure.update_layout(bargap=0.35, margin_t=28)
+    # In two lines, a narrow screen has room for all four.
+    figure.update_xaxes(tickvals=names, ticktext=[name.replace(" ", "<br>", 1) for name in names])
+    figure.update_layout(bargap=0.35, margin_t=50)
     return figure
 
 
 def _meaning(value: float, error: float) -> str:
-    if abs(value) < 2 * error:
+    if not _is_clear(value, error):
         return "no clear interaction"
     return "need each other" if value > 0 else "stand in for each other"
+
+
+def _is_clear(value: float, error: float) -> bool:
+    return abs(value) >= 2 * error

@@ -7,22 +7,26 @@ from collections.abc import Callable
 import numpy as np
 import plotly.graph_objects as go
 
-from core.methods import PARTS, MethodResult, MethodsComparison
+from core.methods import CONTRIBUTIONS, KINDS, PARTS, MethodResult, MethodsComparison
 from core.resources import RESOURCES, Resource
 from core.selection import METHOD
 from ui.figures.style import (
     ACCENT,
+    FREE_LOG_AXIS,
+    LEGEND,
     QUIET,
     base_figure,
+    cell_gap,
     layer_ticks,
-    log_ticks,
     number,
     player_ticks,
+    wrapped,
 )
 
 CHART_HOW_TO_READ = (
     "Lower is better: perplexity on held-out text, which chose none of the sets. Hover for the set "
-    "and for the evaluations it took. Speed-up is predicted from the measured time of the model's "
+    "and for the evaluations it took; click a method in the legend to hide it, and the scale "
+    "follows. Speed-up is predicted from the measured time of the model's "
     "parts; Prune and compare measures it."
 )
 MAP_HOW_TO_READ = (
@@ -32,10 +36,13 @@ MAP_HOW_TO_READ = (
 COST_HOW_TO_READ = (
     "Down and to the left is better: a lower perplexity for fewer evaluations of the model."
 )
-AGREEMENT_HOW_TO_READ = "The share of what they drop that two methods have in common."
+AGREEMENT_HOW_TO_READ = (
+    "Of what two methods drop, how many percent they have in common; a column's number is that of "
+    "its method's row."
+)
 # What the depth of a cut can be measured by: axis title, and how a saved share is shown.
 AXES: dict[str, tuple[str, Callable[[float], float]]] = {
-    "layers dropped": ("layers dropped, or as much as so many layers save", lambda share: share),
+    "layers dropped": ("layers dropped, or as much saved", lambda share: share),
     "parameters": ("parameters saved (%)", lambda share: 100 * share),
     "key/value cache": ("key/value cache saved (%)", lambda share: 100 * share),
     "speed": ("predicted speed-up of writing (times)", lambda share: 1 / max(1 - share, 1e-3)),
@@ -46,14 +53,47 @@ RESOURCE_OF: dict[str, Resource] = {
     "key/value cache": "cache",
     "speed": "time",
 }
-# Apart for every common colour blindness (Okabe and Ito), and again by their symbols.
-COLOURS = ("#c2570c", "#009e73", "#a6559d", "#b8860b", "#56b4e9", "#7a5195", "#8c564b", "#8b93a1")
-SYMBOLS = ("square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star", "pentagon")
-# Methods that evaluate nothing stand at the left end of the logarithmic axis.
-NO_EVALUATIONS = 0.5
-EVALUATION_TICKS = (NO_EVALUATIONS, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000)
+# A method looks the same whatever others are shown. All colours are seen on white and on a dark
+# page (3 : 1); ten of them cannot be apart for every colour blindness, so the symbols are.
+OTHERS = (*(name for name in KINDS if name != METHOD), CONTRIBUTIONS)
+COLOURS = (
+    "#c2570c",
+    "#009e73",
+    "#a6559d",
+    "#b8860b",
+    "#0e8a9c",
+    "#d1699f",
+    "#8b93a1",
+    "#a8674a",
+    "#7c8a1c",
+    "#d14343",
+)
+SYMBOLS = (
+    "square",
+    "diamond",
+    "triangle-up",
+    "triangle-down",
+    "cross",
+    "x",
+    "star",
+    "pentagon",
+    "hourglass",
+    "bowtie",
+)
+OUR_SYMBOLS = {"parameters": "circle-open", "cache": "circle-x-open", "time": "circle-cross-open"}
 DASHES = {"parameters": "dash", "cache": "dot", "time": "dashdot"}
-ROW_PIXELS, MARGIN_PIXELS = 26, 90
+# Beyond so many depths not every one has its symbol.
+MOST_SYMBOLS = 16
+# Methods that evaluate nothing stand at the left end of the logarithmic axis.
+NO_EVALUATIONS = 0.4
+EVALUATION_TICKS = (1, 10, 100, 1000, 10_000, 100_000)
+# A row has room for a name in two lines; a pixel less and they touch the next row's.
+ROW_PIXELS, MARGIN_PIXELS = 34, 90
+NAME_CHARACTERS = 21
+# On a phone the legend has a row for every method.
+LEGEND_PIXELS = 15
+# Pale, so that the numbers stay readable on it, on light and dark pages.
+AGREEMENT_SCALE = [[0.0, "rgba(47, 111, 223, 0)"], [1.0, "rgba(47, 111, 223, 0.20)"]]
 
 
 def methods_chart(comparison: MethodsComparison, axis: str = BY_DEPTH) -> go.Figure:
@@ -62,7 +102,11 @@ def methods_chart(comparison: MethodsComparison, axis: str = BY_DEPTH) -> go.Fig
     `axis` is one of `AXES`.
     """
     title, _ = AXES[axis]
-    figure = base_figure(height=430, title_x=title, title_y="held-out perplexity (log scale)")
+    figure = base_figure(
+        height=360 + LEGEND_PIXELS * len(comparison.results),
+        title_x=title,
+        title_y="← better   held-out perplexity, log",
+    )
     depths = list(range(1, comparison.deepest + 1))
     places = {
         r.frontier.method: [_place(comparison, axis, r, depth) for depth in depths]
@@ -77,43 +121,36 @@ def methods_chart(comparison: MethodsComparison, axis: str = BY_DEPTH) -> go.Fig
         y=[full, full],
         mode="lines",
         line={"color": QUIET, "dash": "dot", "width": 1.5},
-        hovertemplate="full model %{y:.4g}<extra></extra>",
+        hovertemplate=f"full model, held-out {number(full)}<extra></extra>",
     )
-    others = [r for r in comparison.results if not _is_ours(r)]
-    styles = {r.frontier.method: number for number, r in enumerate(others)}
     for result in sorted(comparison.results, key=_is_ours):
         method = result.frontier.method
         ours = _is_ours(result)
-        style = styles.get(method, 0)
+        colour, symbol = _style(method)
         figure.add_scatter(
             name=method,
             x=places[method],
             y=_perplexities(result.held_out),
             mode="lines+markers",
             line={
-                "color": ACCENT if ours else COLOURS[style % len(COLOURS)],
+                "color": colour,
                 "width": 3 if ours else 1.5,
                 "dash": DASHES.get(PARTS.get(method, ""), "solid"),
             },
             marker={
                 "size": 8 if ours else 6,
-                "symbol": "circle" if ours else SYMBOLS[style % len(SYMBOLS)],
+                "symbol": symbol,
+                "maxdisplayed": MOST_SYMBOLS,
             },
             meta={"sets": [list(chosen) for chosen in result.frontier.sets]},
             text=[_hover(comparison, result, k) for k in depths],
             hovertemplate="%{text}<extra></extra>",
         )
-    figure.update_layout(
-        showlegend=True,
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        margin_t=70,
-    )
+    figure.update_layout(showlegend=True, legend=LEGEND)
     figure.update_xaxes(range=[start, end], tickformat="~g")
     if axis == BY_DEPTH:
         figure.update_xaxes(tickvals=layer_ticks(comparison.deepest + 1))
-    shown = [value for trace in figure.data for value in trace.y if value is not None]
-    ticks = log_ticks(min(shown), max(shown))
-    figure.update_yaxes(type="log", tickformat="~g", tickvals=ticks, minor={"ticks": ""})
+    figure.update_yaxes(**FREE_LOG_AXIS)
     return figure
 
 
@@ -128,19 +165,20 @@ def methods_map(comparison: MethodsComparison, dropped: int) -> go.Figure:
     ]
     figure = base_figure(
         height=MARGIN_PIXELS + ROW_PIXELS * len(ranked),
-        title_x=f"{players.noun}, where {dropped} {'layer is' if dropped == 1 else 'layers are'} "
-        + ("dropped" if players.kind == "blocks" else "dropped, or their worth saved"),
+        title_x=f"{players.noun}, at {dropped} {'layer' if dropped == 1 else 'layers'} "
+        + ("dropped" if players.kind == "blocks" else "dropped or saved"),
+        title_y="best first →",
     )
     figure.add_heatmap(
         z=cells.astype(int),
         x=list(range(n)),
         y=names,
-        colorscale=[[0.0, "rgba(128, 136, 150, 0.10)"], [1.0, ACCENT]],
+        colorscale=[[0.0, "rgba(128, 136, 150, 0.14)"], [1.0, ACCENT]],
         zmin=0,
         zmax=1,
         showscale=False,
-        xgap=2,
-        ygap=2,
+        xgap=cell_gap(n),
+        ygap=4,
         meta={"rows": [list(r.frontier.sets[dropped - 1]) for r in ranked]},
         text=[
             [f"{players.name(p)} {'dropped' if row[p] else 'kept'}" for p in range(n)]
@@ -149,56 +187,50 @@ def methods_map(comparison: MethodsComparison, dropped: int) -> go.Figure:
         hovertemplate="%{y}<br>%{text}<extra></extra>",
     )
     figure.update_layout(meta={"x": "player", "shows_dropped": False})
-    figure.update_xaxes(**player_ticks(players), showgrid=False)
-    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_xaxes(**player_ticks(players, most=8), showgrid=False)
+    figure.update_yaxes(
+        autorange="reversed",
+        showgrid=False,
+        tickvals=names,
+        ticktext=[wrapped(name, NAME_CHARACTERS) for name in names],
+        tickfont={"size": 11},
+    )
     return figure
 
 
 def methods_cost(comparison: MethodsComparison, dropped: int) -> go.Figure:
     """Held-out perplexity at one depth against the model evaluations spent, both logarithmic."""
     figure = base_figure(
-        height=300,
-        title_x="model evaluations spent on choosing",
-        title_y="held-out perplexity (log scale)",
+        height=320 + LEGEND_PIXELS * len(comparison.results),
+        title_x="← better   model evaluations spent, log",
+        title_y="← better   held-out perplexity, log",
     )
-    shown = []
+    most_spent = 1
     for result in _ranked(comparison, dropped):
         loss = result.held_out[dropped - 1]
         if not np.isfinite(loss):
             continue
         spent = result.frontier.evaluations[dropped - 1]
-        shown.append(float(np.exp(loss)))
+        most_spent = max(most_spent, spent)
+        colour, symbol = _style(result.frontier.method)
         figure.add_scatter(
             name=result.frontier.method,
             x=[max(spent, NO_EVALUATIONS)],
-            y=[shown[-1]],
-            mode="markers+text",
-            text=[result.frontier.method],
-            textposition="top center",
-            cliponaxis=False,
-            marker={"size": 11, "color": ACCENT if _is_ours(result) else QUIET},
+            y=[float(np.exp(loss))],
+            mode="markers",
+            marker={"size": 12 if _is_ours(result) else 10, "color": colour, "symbol": symbol},
             meta={"sets": [list(result.frontier.sets[dropped - 1])]},
             hovertext=[_hover(comparison, result, dropped)],
             hovertemplate="%{hovertext}<extra></extra>",
         )
     figure.update_xaxes(
         type="log",
-        range=[np.log10(NO_EVALUATIONS / 2), 3.3],
-        tickvals=EVALUATION_TICKS,
-        ticktext=["0", *(f"{tick:,}" for tick in EVALUATION_TICKS[1:])],
-        minor={"ticks": ""},
+        range=[np.log10(NO_EVALUATIONS) - 0.2, np.log10(most_spent) + 0.2],
+        tickvals=(NO_EVALUATIONS, *EVALUATION_TICKS),
+        ticktext=["none", *map(number, EVALUATION_TICKS)],
     )
-    if shown:
-        low, high = np.log10(min(shown)), np.log10(max(shown))
-        room = 0.12 * (high - low) + 0.01
-        figure.update_yaxes(
-            type="log",
-            tickformat="~g",
-            range=[low - room, high + 2 * room],
-            tickvals=log_ticks(min(shown), max(shown)),
-            minor={"ticks": ""},
-        )
-    figure.update_layout(margin_t=24)
+    figure.update_yaxes(**FREE_LOG_AXIS)
+    figure.update_layout(showlegend=True, legend=LEGEND)
     return figure
 
 
@@ -208,24 +240,48 @@ def agreement_heatmap(comparison: MethodsComparison, dropped: int) -> go.Figure:
     order = [comparison.results.index(result) for result in ranked]
     shares = comparison.agreement(dropped)[np.ix_(order, order)]
     names = [result.frontier.method for result in ranked]
-    figure = base_figure(height=MARGIN_PIXELS + 40 + ROW_PIXELS * len(names))
+    numbers = [str(place) for place in range(1, len(names) + 1)]
+    rows = [f"{place} {name}" for place, name in zip(numbers, names, strict=True)]
+    # A method agrees with itself; of two others that drop the same, three digits are too many.
+    texts = [
+        [
+            "" if i == j else "all" if share == 1 else f"{100 * share:.0f}"
+            for j, share in enumerate(row)
+        ]
+        for i, row in enumerate(shares)
+    ]
+    figure = base_figure(
+        height=MARGIN_PIXELS + ROW_PIXELS * len(names), title_x="% in common with method …"
+    )
     figure.add_heatmap(
         z=shares,
-        x=names,
-        y=names,
         zmin=0,
         zmax=1,
-        # Pale, so that the numbers stay readable on it, on light and dark pages.
-        colorscale=[[0.0, "rgba(128, 136, 150, 0.08)"], [1.0, "rgba(47, 111, 223, 0.40)"]],
+        colorscale=AGREEMENT_SCALE,
         showscale=False,
         xgap=2,
         ygap=2,
-        text=[[f"{share:.0%}" for share in row] for row in shares],
+        text=texts,
         texttemplate="%{text}",
-        hovertemplate="%{y} and %{x}: %{text} in common<extra></extra>",
+        textfont={"size": 10},
+        customdata=[
+            [
+                f"{a}<br>and {b}:<br>{share:.0%} in common"
+                for b, share in zip(names, row, strict=True)
+            ]
+            for a, row in zip(names, shares, strict=True)
+        ],
+        hovertemplate="%{customdata}<extra></extra>",
     )
-    figure.update_xaxes(showgrid=False, tickangle=-30)
-    figure.update_yaxes(autorange="reversed", showgrid=False)
+    places = list(range(len(names)))
+    figure.update_xaxes(showgrid=False, side="top", tickvals=places, ticktext=numbers)
+    figure.update_yaxes(
+        autorange="reversed",
+        showgrid=False,
+        tickvals=places,
+        ticktext=[wrapped(row, NAME_CHARACTERS) for row in rows],
+        tickfont={"size": 11},
+    )
     return figure
 
 
@@ -242,6 +298,14 @@ def _is_ours(result: MethodResult) -> bool:
     return result.frontier.method == METHOD or result.frontier.method in PARTS
 
 
+def _style(method: str) -> tuple[str, str]:
+    """Colour and symbol of a method."""
+    if method == METHOD or method in PARTS:
+        return ACCENT, OUR_SYMBOLS.get(PARTS.get(method, ""), "circle")
+    place = OTHERS.index(method)
+    return COLOURS[place], SYMBOLS[place]
+
+
 def _place(comparison: MethodsComparison, axis: str, result: MethodResult, depth: int) -> float:
     if axis == BY_DEPTH:
         return depth
@@ -252,11 +316,13 @@ def _place(comparison: MethodsComparison, axis: str, result: MethodResult, depth
 def _hover(comparison: MethodsComparison, result: MethodResult, k: int) -> str:
     frontier, resources = result.frontier, comparison.resources
     chosen = frontier.sets[k - 1]
+    drops = f"drops {comparison.players.labels(chosen)}"
     saved = [f"{100 * resources.saved(resource, chosen):.0f} %" for resource in RESOURCES]
     return (
-        f"<b>{frontier.method}</b>, drops {comparison.players.labels(chosen)}<br>"
+        f"<b>{frontier.method}</b><br>{wrapped(drops)}<br>"
         f"held-out {number(float(np.exp(result.held_out[k - 1])))}, calibration "
         f"{number(float(np.exp(result.calibration[k - 1])))}<br>"
-        f"saves {saved[0]} of parameters, {saved[1]} of the cache, {saved[2]} of the writing time "
-        f"(predicted)<br>{frontier.evaluations[k - 1]} model evaluations"
+        f"saves {saved[0]} of parameters, {saved[1]} of cache,<br>"
+        f"{saved[2]} of writing time (predicted)<br>{frontier.evaluations[k - 1]:,} model "
+        "evaluations"
     )
