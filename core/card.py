@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from core.masks import dropped_players
 from core.models import BUNDLED, LayeredModel
 from core.players import players_of_mask
-from core.study import TextInfo
+from core.text_info import TextInfo
 
 if TYPE_CHECKING:
     from core.healing import Healing

@@ -30,8 +30,8 @@ from core.errors import LayerShapError, first_line
 from core.game import LayerGame
 from core.models import LayeredModel, fingerprint
 from core.pruning import provenance, write_model
-from core.study import TextInfo
 from core.text import TextBlocks
+from core.text_info import TextInfo
 
 MAX_STEPS, MAX_RANK = 10_000, 512
 # More blocks of text than this are not held; they are gone through again instead.

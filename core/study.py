@@ -19,44 +19,24 @@ import numpy as np
 import pandas as pd
 
 from core.analysis import Analysis, AnalysisSettings, from_measurements
+from core.baselines import Frontier
 from core.estimates import Contributions
-from core.game import text_fingerprint
 from core.masks import dropped_players, mask_key
+from core.methods import MethodResult, MethodsComparison
 from core.models import ModelInfo
 from core.players import BRANCH_NAMES, Players
+from core.resources import RESOURCES, Resources
 from core.study_file import (
     FORMAT,
     FORMAT_VERSION,
     ComparisonPart,
+    MethodsPart,
     StudyFile,
     read_study_file,
 )
-from core.text import TextBlocks
+from core.text_info import TextInfo
 
 PACKAGES = ("torch", "transformers", "gradio", "plotly", "numpy", "scikit-learn")
-
-
-@dataclass(frozen=True)
-class TextInfo:
-    """Which text a study used; fingerprints identify the token blocks."""
-
-    source: str
-    blocks: int
-    held_out_blocks: int
-    block_length: int
-    calibration_fingerprint: str
-    held_out_fingerprint: str
-
-    @classmethod
-    def of(cls, text: TextBlocks) -> TextInfo:
-        return cls(
-            source=text.source,
-            blocks=len(text.calibration),
-            held_out_blocks=len(text.held_out),
-            block_length=text.calibration.shape[1],
-            calibration_fingerprint=text_fingerprint(text.calibration),
-            held_out_fingerprint=text_fingerprint(text.held_out),
-        )
 
 
 @dataclass(frozen=True)
@@ -77,7 +57,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Study:
-    """An analysis with its provenance, and every set compared on the way.
+    """An analysis with its provenance, every set tried on the way, and methods compared, if any.
 
     `player_parameters` says how many parameters dropping each player saves; empty, where players
     are whole layers, it is what the model says of its blocks.
@@ -88,6 +68,7 @@ class Study:
     text: TextInfo
     comparisons: tuple[Comparison, ...] = ()
     player_parameters: tuple[int, ...] = ()
+    methods: MethodsComparison | None = None
     versions: Mapping[str, str] = field(default_factory=lambda: installed_versions())
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -125,6 +106,7 @@ class Study:
                 "interaction_errors": _matrix(estimates.interactions.errors),
             },
             "comparisons": [_numbers(asdict(c)) for c in self.comparisons],
+            "methods": None if self.methods is None else _methods(self.methods),
         }
         return json.dumps(document, indent=1, allow_nan=False)
 
@@ -245,6 +227,7 @@ def _study(file: StudyFile) -> Study:
         text=TextInfo(**dict(file.text)),
         comparisons=tuple(_comparison(part) for part in file.comparisons),
         player_parameters=file.player_parameters,
+        methods=None if file.methods is None else _compared(file.methods, analysis.players),
         versions=file.versions,
         created=file.created,
     )
@@ -255,6 +238,42 @@ def _comparison(part: ComparisonPart) -> Comparison:
     for name in values.keys() - {"predicted", "predicted_low", "predicted_high"}:
         values[name] = _or_infinite(values[name])
     return Comparison(**values)
+
+
+def _methods(comparison: MethodsComparison) -> dict[str, Any]:
+    resources = comparison.resources
+    return {
+        "saved": {name: _floats(getattr(resources, name)) for name in RESOURCES},
+        "full_calibration": comparison.full_calibration,
+        "full_held_out": comparison.full_held_out,
+        "results": [
+            {
+                "method": result.frontier.method,
+                "sets": [list(chosen) for chosen in result.frontier.sets],
+                "evaluations": list(result.frontier.evaluations),
+                "calibration": _floats(result.calibration),
+                "held_out": _floats(result.held_out),
+            }
+            for result in comparison.results
+        ],
+    }
+
+
+def _compared(part: MethodsPart, players: Players) -> MethodsComparison:
+    saved = {name: np.array(getattr(part.saved, name)) for name in RESOURCES}
+    return MethodsComparison(
+        Resources(players, **saved),
+        part.full_calibration,
+        part.full_held_out,
+        tuple(
+            MethodResult(
+                Frontier(result.method, result.sets, result.evaluations),
+                np.array([_or_infinite(loss) for loss in result.calibration]),
+                np.array([_or_infinite(loss) for loss in result.held_out]),
+            )
+            for result in part.results
+        ),
+    )
 
 
 def _or_infinite(value: Any) -> Any:
@@ -275,14 +294,18 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _number(v) if isinstance(v, float) else v for k, v in values.items()}
 
 
+def _floats(values: np.ndarray) -> list[float | None]:
+    return [_number(v) for v in values]
+
+
 def _matrix(values: Sequence[Sequence[float]] | np.ndarray) -> list[list[float | None]]:
-    return [[_number(v) for v in row] for row in np.asarray(values)]
+    return [_floats(row) for row in np.asarray(values)]
 
 
 def _contributions(contributions: Contributions) -> dict[str, Any]:
     return {
-        "values": [_number(v) for v in contributions.values],
-        "errors": [_number(v) for v in contributions.errors],
+        "values": _floats(contributions.values),
+        "errors": _floats(contributions.errors),
         "sizes": [int(s) for s in contributions.sizes],
         "by_size": _matrix(contributions.by_size),
         "by_size_errors": _matrix(contributions.by_size_errors),

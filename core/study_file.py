@@ -25,14 +25,14 @@ from core.players import PlayerKind, Players
 from core.surrogate import SurrogateKind
 
 FORMAT = "layershap-study"
-FORMAT_VERSION = 2
-# Version 1 knew whole layers only.
-READABLE_VERSIONS = (1, 2)
+FORMAT_VERSION = 3
+# Version 1 knew whole layers only, version 2 no methods.
+READABLE_VERSIONS = (1, 2, 3)
 MAX_PLAYERS = 512
 MAX_MASKS = 200_000
 # Masks times the square of the players, which is what making the estimates again takes.
 MAX_WORK = 5 * 10**8
-MAX_COMPARISONS = 10_000
+MAX_COMPARISONS, MAX_METHODS = 10_000, 100
 
 
 def _visible(text: str) -> str:
@@ -52,6 +52,9 @@ Loss = Annotated[float, Field(ge=0, le=1e6)]
 Perplexity = Annotated[float, Field(ge=1)] | None
 Strata = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, max_length=1024)]
 Dropped = Annotated[tuple[Player, ...], Field(strict=False, max_length=MAX_PLAYERS)]
+Losses = Annotated[tuple[Loss | None, ...], Field(strict=False, max_length=MAX_PLAYERS)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Shares = Annotated[tuple[Share, ...], Field(strict=False, max_length=MAX_PLAYERS)]
 Counts = Annotated[tuple[Count, ...], Field(strict=False, max_length=MAX_PLAYERS)]
 
 
@@ -111,11 +114,46 @@ class ComparisonPart(_Part):
     parameters_pruned: Count
 
 
+class SavedPart(_Part):
+    parameters: Shares
+    cache: Shares
+    time: Shares
+
+
+class MethodPart(_Part):
+    method: Short
+    sets: Annotated[tuple[Dropped, ...], Field(strict=False, min_length=1, max_length=MAX_PLAYERS)]
+    evaluations: Counts
+    calibration: Losses
+    held_out: Losses
+
+
+class MethodsPart(_Part):
+    saved: SavedPart
+    full_calibration: Loss
+    full_held_out: Loss
+    results: Annotated[list[MethodPart], Field(min_length=1, max_length=MAX_METHODS)]
+
+    def check(self, n: int) -> None:
+        """Raises ValueError where the parts do not fit each other, or n players."""
+        deepest = len(self.results[0].sets)
+        if len({result.method for result in self.results}) != len(self.results):
+            raise ValueError("a method occurs twice")
+        if any(len(s) != n for s in (self.saved.parameters, self.saved.cache, self.saved.time)):
+            raise ValueError("what the players save is not one number each")
+        for result in self.results:
+            parts = (result.sets, result.evaluations, result.calibration, result.held_out)
+            if any(len(part) != deepest for part in parts):
+                raise ValueError("methods were not compared to the same depth")
+            for chosen in result.sets:
+                check_dropped(chosen, n)
+
+
 class StudyFile(_Part):
     """A whole file; the estimates in it are for other readers and are made again here."""
 
     format: Literal["layershap-study"]
-    format_version: Literal[1, 2]
+    format_version: Literal[1, 2, 3]
     created: Short
     versions: Annotated[dict[Short, Short], Field(max_length=100)]
     model: ModelPart
@@ -126,6 +164,7 @@ class StudyFile(_Part):
     measurements: MeasurementsPart
     estimates: Any = None
     comparisons: Annotated[list[ComparisonPart], Field(max_length=MAX_COMPARISONS)]
+    methods: MethodsPart | None = None
 
     @model_validator(mode="after")
     def _parts_go_together(self) -> StudyFile:
@@ -144,10 +183,16 @@ class StudyFile(_Part):
         if len(self.player_parameters) not in (0, n):
             raise ValueError("the parameters of the players are not one number each")
         for comparison in self.comparisons:
-            dropped = comparison.dropped
-            if sorted(set(dropped)) != list(dropped) or len(dropped) >= n or dropped[-1:] >= (n,):
-                raise ValueError("a set tried is not one of this model's players, in order")
+            check_dropped(comparison.dropped, n)
+        if self.methods is not None:
+            self.methods.check(n)
         return self
+
+
+def check_dropped(dropped: tuple[int, ...], n: int) -> None:
+    """Raises ValueError where a set is not of n players, in order, with one left."""
+    if sorted(set(dropped)) != list(dropped) or len(dropped) >= n or dropped[-1:] >= (n,):
+        raise ValueError("a set is not one of this model's players, in order")
 
 
 def read_study_file(text: str) -> StudyFile:

@@ -8,7 +8,6 @@ import gradio as gr
 
 from core.analysis import AnalysisSettings
 from core.masks import default_strata
-from core.players import Players
 from core.study import Comparison
 from ui.accuracy_view import accuracy_handler, accuracy_view
 from ui.api import add_api, offer_tools, prepare_mcp
@@ -65,7 +64,8 @@ def build(settings: AppSettings) -> gr.Blocks:
     ) as page:
         initial = first_session(settings)
         session = gr.State(initial)
-        selection, tried, compared = gr.State(()), gr.State(initial.comparisons), gr.State(None)
+        selection = gr.State(())
+        tried, compared = gr.State(initial.comparisons), gr.State(initial.methods)
         healed = gr.State(None, time_to_live=KEPT_SECONDS)
         gr.HTML(HEAD)
         steps = guide(initial)
@@ -148,6 +148,19 @@ def build(settings: AppSettings) -> gr.Blocks:
         healing_views = list(healing.draw_nothing().keys())
         handlers = PruneHandlers(pruning, settings, stops, selection, tried, status, strip)
 
+        def fresh(opened: Session) -> dict[Any, Any]:
+            """What another model or study resets."""
+            return {
+                selection: (),
+                tried: opened.comparisons,
+                compared: opened.methods,
+                healed: None,
+                **pruning.draw_tried(opened.comparisons, opened.players),
+                **methods.draw(opened.methods),
+                **accuracy.draw(),
+                **healing.draw_nothing(),
+            }
+
         # Set-up
         load = load_handler(
             settings,
@@ -157,16 +170,7 @@ def build(settings: AppSettings) -> gr.Blocks:
             model_line,
             strip,
             setup.strata,
-            {
-                selection: (),
-                tried: (),
-                compared: None,
-                **pruning.draw_tried((), Players("blocks", 0)),
-                **methods.draw(None),
-                **accuracy.draw(),
-                healed: None,
-                **healing.draw_nothing(),
-            },
+            fresh,
         )
         loaded = [
             session,
@@ -382,26 +386,23 @@ def build(settings: AppSettings) -> gr.Blocks:
         # Study
         study_files = [study.cache, study.about, *study.downloads]
         study_tab.select(
-            study.draw, [session, tried], study_files, api_name="export", show_progress="hidden"
+            study.draw,
+            [session, tried, compared],
+            study_files,
+            api_name="export",
+            show_progress="hidden",
         )
 
         def show(opened: Session) -> dict[Any, Any]:
             """The whole page for a study that was opened."""
             return {
-                selection: (),
-                tried: opened.comparisons,
-                compared: None,
-                healed: None,
-                **methods.draw(None),
+                **fresh(opened),
                 **methods.draw_choices(opened),
-                **accuracy.draw(),
-                **healing.draw_nothing(),
                 model_line: describe(opened),
                 strip: gr.update(value=strip_value(opened), dropped=[]),
                 **draw(opened, contributions.value.value, contributions.order.value),
                 **pruning.draw_selection(opened),
-                **pruning.draw_tried(opened.comparisons, opened.players),
-                **study.draw(opened, opened.comparisons),
+                **study.draw(opened, opened.comparisons, opened.methods),
             }
 
         def show_link(opened: Session, dropped: tuple[int, ...]) -> dict[Any, Any]:
@@ -466,6 +467,7 @@ def build(settings: AppSettings) -> gr.Blocks:
                 **draw(initial, contributions.value.value, contributions.order.value),
                 **pruning.draw_selection(initial),
                 **pruning.draw_tried(initial.comparisons, initial.players),
+                **methods.draw(initial.methods),
             }
         )
         for button in (pruning.save, healing.save, healing.push, study.clear):
@@ -523,6 +525,8 @@ def _start_with(updates: dict[Any, Any]) -> None:
             if name == "value":
                 drawn = component.postprocess(value)
                 component.value = drawn.model_dump() if hasattr(drawn, "model_dump") else drawn
+            elif name == "choices":
+                component.choices = [(choice, choice) for choice in value]
             elif name != "__type__":
                 setattr(component, name, value)
 

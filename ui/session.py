@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from core.analysis import Analysis
 from core.errors import LayerShapError
 from core.masks import leave_out
+from core.methods import MethodsComparison
 from core.models import BUNDLED, ModelInfo
 from core.players import Players
 from core.study import Comparison, Study, TextInfo
@@ -25,8 +26,9 @@ class Session:
     `origin` is the study that the analysis was read from, if it was; it says what measured it.
     `study_id` names the study in the page's address.
 
-    On the page the selection and the sets tried are states of their own, because clicks and
-    measurements go on while an analysis writes its results; handlers put them together.
+    On the page the selection, the sets tried and the methods compared are states of their own,
+    because clicks and measurements go on while an analysis writes its results; handlers put them
+    together.
     """
 
     workspace: Workspace | None = None
@@ -34,6 +36,7 @@ class Session:
     text: TextInfo | None = None
     analysis: Analysis | None = None
     comparisons: tuple[Comparison, ...] = ()
+    methods: MethodsComparison | None = None
     dropped: tuple[int, ...] = ()
     origin: Study | None = None
     study_id: str | None = None
@@ -49,6 +52,7 @@ class Session:
             text=study.text,
             analysis=study.analysis,
             comparisons=study.comparisons,
+            methods=study.methods,
             origin=study,
             study_id=study_id,
         )
@@ -93,9 +97,11 @@ class Session:
         leave_out(self.players.count, players)
         return replace(self, dropped=tuple(sorted(set(players))))
 
-    def having_tried(self, comparisons: tuple[Comparison, ...]) -> Session:
-        """The same session with these sets tried."""
-        return replace(self, comparisons=comparisons)
+    def with_findings(
+        self, comparisons: tuple[Comparison, ...], methods: MethodsComparison | None
+    ) -> Session:
+        """The same session with these sets tried and methods compared."""
+        return replace(self, comparisons=comparisons, methods=methods)
 
     def need_workspace(self) -> Workspace:
         if self.workspace is None:
@@ -117,9 +123,9 @@ class Session:
         assert self.model is not None
         assert self.text is not None
         if self.origin is not None:
-            return replace(self.origin, comparisons=self.comparisons)
+            return replace(self.origin, comparisons=self.comparisons, methods=self.methods)
         parameters = self.need_workspace().model.player_parameters(self.players.kind)
-        return Study(analysis, self.model, self.text, self.comparisons, parameters)
+        return Study(analysis, self.model, self.text, self.comparisons, parameters, self.methods)
 
 
 def _same_weights(measured: ModelInfo, loaded: ModelInfo) -> bool:

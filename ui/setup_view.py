@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
@@ -202,11 +202,11 @@ def load_handler(
     model_line: gr.HTML,
     strip: gr.HTML,
     strata: gr.Textbox,
-    fresh: dict[Any, Any],
+    fresh: Callable[[Session], dict[Any, Any]],
 ) -> Any:
     """Handler that loads the chosen model and text into the session.
 
-    `fresh` holds what else a new model resets: selection and sets tried.
+    `fresh` makes the updates of what else a new model resets: selection and sets tried.
     """
 
     @guarded(status)
@@ -250,7 +250,7 @@ def load_handler(
             ),
             model_line: describe(loaded),
             strip: gr.update(value=strip_value(loaded), dropped=[]),
-            **fresh,
+            **fresh(loaded),
             strata: ", ".join(map(str, default_strata(loaded.players.count))),
         }
 

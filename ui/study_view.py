@@ -13,6 +13,7 @@ from gradio.processing_utils import save_bytes_to_cache
 
 from core.cache import default_cache
 from core.errors import LayerShapError
+from core.methods import MethodsComparison
 from core.study import Comparison, Study
 from ui.parts import read_line
 from ui.session import Session
@@ -38,12 +39,17 @@ class StudyView:
     cache: gr.HTML
     clear: gr.Button
 
-    def draw(self, session: Session, tried: tuple[Comparison, ...]) -> dict[Any, Any]:
+    def draw(
+        self,
+        session: Session,
+        tried: tuple[Comparison, ...],
+        compared: MethodsComparison | None,
+    ) -> dict[Any, Any]:
         """Write the session's files for download, and say what made them."""
         updates: dict[Any, Any] = {self.cache: cache_line()}
         if session.analysis is None:
             return updates
-        study = session.having_tried(tried).study()
+        study = session.with_findings(tried, compared).study()
         frames = {
             "contributions.csv": study.contributions_frame(),
             "interactions.csv": study.interactions_frame(),
