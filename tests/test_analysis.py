@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import made_up
 from core.analysis import AnalysisSettings, analyze, run
 from core.cache import EvaluationCache
 from core.errors import LayerShapError
@@ -200,7 +201,9 @@ def study_of(game):
     text = TextBlocks(game.tokens, game.tokens + 1, "made up")
     analysis = analyze(game, evaluations=40)
     comparison = Comparison((2, 5), 40.0, 30.0, 50.0, 20.0, 41.0, 21.0, float("inf"), 100, 90)
-    return Study(analysis, game.model.info, TextInfo.of(text), (comparison,))
+    methods = made_up.methods(game.players, 3)
+    methods.results[0].held_out[2] = np.inf
+    return Study(analysis, game.model.info, TextInfo.of(text), (comparison,), methods=methods)
 
 
 def test_a_saved_study_opens_to_the_same_numbers(game):
@@ -209,6 +212,8 @@ def test_a_saved_study_opens_to_the_same_numbers(game):
     assert again.to_json() == study.to_json()
     assert (again.analysis.contributions == study.analysis.contributions).all()
     assert again.comparisons == study.comparisons
+    assert again.methods.result("Random").frontier == study.methods.result("Random").frontier
+    assert again.methods.results[0].held_out[2] == np.inf
     assert again.model == study.model
     document = json.loads(study.to_json())
     assert document["versions"]["torch"].startswith("2.")
