@@ -29,7 +29,8 @@ from ui.figures.style import (
 
 BARS_HOW_TO_READ = (
     "A longer bar means the model needs it more; bars whose whiskers (95 % intervals) "
-    "overlap cannot be ranked apart."
+    "overlap cannot be ranked apart. Utility is PPL(full) / PPL(pruned), or its logarithm where "
+    "Set-up says so."
 )
 HEATMAP_HOW_TO_READ = (
     "Each cell is what adding the layer is worth when that many other layers are kept: blue helps, "
@@ -80,7 +81,7 @@ def contribution_bars(
         customdata=[_bar_hover(players.name(p), p, values, intervals, ranks) for p in order],
         hovertemplate="%{customdata}<extra></extra>",
     )
-    figure.update_layout(bargap=0.3, meta={"order": order.tolist()})
+    figure.update_layout(bargap=0.3, margin={"t": 48, "b": 10}, meta={"order": order.tolist()})
     figure.update_yaxes(showgrid=False, tickfont={"size": 10 if n > MANY_BARS else 11}, dtick=1)
     # On top, where reading starts: the lower end may be a screen further down.
     figure.update_xaxes(side="top", nticks=6, zeroline=True, zerolinecolor=QUIET, zerolinewidth=1)

@@ -30,11 +30,13 @@ CHART_HOW_TO_READ = (
     "parts; Prune and compare measures it."
 )
 MAP_HOW_TO_READ = (
-    "One row per method, best first: filled squares are what it drops; of attention and MLP apart, "
+    "One row per method, best first, with its held-out perplexity: filled squares are what it "
+    "drops; of attention and MLP apart, "
     "a is attention and m the MLP."
 )
 COST_HOW_TO_READ = (
-    "Down and to the left is better: a lower perplexity for fewer evaluations of the model."
+    "Down and to the left is better: a lower perplexity for fewer evaluations of the model. "
+    "Symbols are those of the chart above; a click in the legend hides one."
 )
 AGREEMENT_HOW_TO_READ = (
     "Of what two methods drop, how many percent they have in common; a column's number is that of "
@@ -274,7 +276,10 @@ def agreement_heatmap(comparison: MethodsComparison, dropped: int) -> go.Figure:
         hovertemplate="%{customdata}<extra></extra>",
     )
     places = list(range(len(names)))
-    figure.update_xaxes(showgrid=False, side="top", tickvals=places, ticktext=numbers)
+    figure.update_layout(margin={"t": 48, "b": 10})
+    figure.update_xaxes(
+        showgrid=False, side="top", tickvals=places, ticktext=numbers, tickfont={"size": 10}
+    )
     figure.update_yaxes(
         autorange="reversed",
         showgrid=False,

@@ -39,14 +39,14 @@ SEQUENTIAL = [
     for place, colour in enumerate(
         (
             "#db9531",
-            "#cd8e49",
-            "#c0885d",
-            "#b2826f",
-            "#a27c80",
-            "#917791",
-            "#7d71a2",
-            "#646db2",
-            "#4069c2",
+            "#cf8f49",
+            "#c2895c",
+            "#b4836e",
+            "#a47e7f",
+            "#937990",
+            "#7e74a0",
+            "#636fb1",
+            "#386bc1",
         )
     )
 ]
@@ -90,7 +90,8 @@ def base_figure(*, height: int, title_x: str = "", title_y: str = "") -> go.Figu
         template="none",
         autosize=True,
         height=height,
-        margin={"l": 10, "r": 16, "t": 14, "b": 10},
+        # The title's place is fixed: Plotly's own search for it does not always end well.
+        margin={"l": 10, "r": 16, "t": 14, "b": 48 if title_x else 10},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 12, "color": TEXT},
