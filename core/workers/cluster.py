@@ -52,8 +52,8 @@ def connect(address: str) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise LayerShapError(
-            f"There is no Ray cluster at {target or 'this machine'} ({first_line(error)}); start "
-            "one with `ray start --head`, or check the address."
+            f"No Ray cluster answers at {target or 'this machine'} ({first_line(error)}); start "
+            "one with `ray start --head`, or check the address, and the token if it asks for one."
         ) from error
 
 
