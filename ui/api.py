@@ -23,6 +23,7 @@ import gradio as gr
 import numpy as np
 
 from core.analysis import Analysis, AnalysisSettings, run
+from core.comparing import full_and_pruned
 from core.errors import LayerShapError
 from core.footprint import footprint
 from core.game import LayerGame
@@ -394,7 +395,7 @@ def _described(info: ModelInfo) -> Answer:
 
 
 def _full_and_pruned(game: LayerGame, keep: np.ndarray) -> Answer:
-    full, pruned = game.perplexity(np.array([np.ones_like(keep), keep]))
+    full, pruned = full_and_pruned(game, keep)
     return {"full": _finite(full), "pruned": _finite(pruned)}
 
 

@@ -13,10 +13,9 @@ import numpy as np
 
 from core.bundled import cache_root
 from core.card import Measured, Perplexities
+from core.comparing import compare_cut, full_and_pruned
 from core.errors import LayerShapError
-from core.footprint import Footprint, footprint, measure_speeds
-from core.game import LayerGame
-from core.masks import dropped_players
+from core.footprint import footprint, measure_speeds
 from core.methods import MethodsComparison
 from core.players import Players
 from core.pruning import continue_prompt, mergekit_yaml, prune, save_pruned
@@ -273,16 +272,17 @@ class PruneHandlers:
         if not keep.any():
             raise LayerShapError("No layers are kept; keep at least one.")
         yield {self._status: progress_bar("Measuring calibration perplexity", 0.1)}
-        calibration = _full_and_pruned(workspace.calibration, keep)
+        calibration = full_and_pruned(workspace.calibration, keep)
         partly = MeasuredFigures(calibration=calibration)
         yield {
             self._view.figures: partly.table(),
             self._status: progress_bar("Measuring held-out perplexity", 0.4),
         }
-        held_out = _full_and_pruned(workspace.held_out, keep)
+        held_out = full_and_pruned(workspace.held_out, keep)
         pruned = prune(workspace.model, keep)
         sizes = footprint(workspace.model), footprint(pruned)
-        tried = with_comparison(tried, _comparison(session, keep, calibration, held_out, sizes))
+        compared = compare_cut(workspace.calibration, workspace.held_out, keep, session.analysis)
+        tried = with_comparison(tried, compared)
         partly = MeasuredFigures(calibration, held_out, sizes)
         yield {
             self._tried: tried,
@@ -374,35 +374,6 @@ def _measured(
                 Perplexities(c.calibration_full, c.calibration_pruned),
             )
     return None
-
-
-def _full_and_pruned(game: LayerGame, keep: np.ndarray) -> tuple[float, float]:
-    full, pruned = game.perplexity(np.array([np.ones_like(keep), keep]))
-    return float(full), float(pruned)
-
-
-def _comparison(
-    session: Session,
-    keep: np.ndarray,
-    calibration: tuple[float, float],
-    held_out: tuple[float, float],
-    sizes: tuple[Footprint, Footprint],
-) -> Comparison:
-    predicted = low = high = None
-    if session.analysis is not None:
-        predicted, low, high = (float(v[0]) for v in session.analysis.predict_perplexity(keep))
-    return Comparison(
-        dropped=dropped_players(keep),
-        predicted=predicted,
-        predicted_low=low,
-        predicted_high=high,
-        calibration_full=calibration[0],
-        calibration_pruned=calibration[1],
-        held_out_full=held_out[0],
-        held_out_pruned=held_out[1],
-        parameters_full=sizes[0].parameters,
-        parameters_pruned=sizes[1].parameters,
-    )
 
 
 def _prediction(session: Session) -> str:

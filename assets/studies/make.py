@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -17,13 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from core import LayerGame, Study, load_model, load_text
 from core.allocator import keep_freed_memory
 from core.analysis import Analysis, AnalysisSettings, run
-from core.footprint import footprint
+from core.comparing import compare_cut
 from core.masks import leave_out
 from core.methods import CONTRIBUTIONS, MethodsComparison, compare_methods
-from core.models import LayeredModel
-from core.pruning import prune
 from core.selection import METHOD
-from core.study import Comparison
 from core.text_info import TextInfo
 
 OUT = Path(__file__).parent / "smollm2-135m-instruct.json"
@@ -40,7 +36,9 @@ def main() -> None:
     analysis = _analyse(games[0])
     methods = _compare(*games, analysis)
     sets = methods.result(METHOD).frontier.sets
-    tried = tuple(_try(model, *games, analysis, sets[depth - 1]) for depth in TRIED)
+    tried = tuple(
+        compare_cut(*games, leave_out(model.n_layers, sets[depth - 1]), analysis) for depth in TRIED
+    )
     study = Study(
         analysis,
         model.info,
@@ -73,32 +71,6 @@ def _compare(calibration: LayerGame, held_out: LayerGame, analysis: Analysis) ->
             bar.total = step.total
             bar.update(step.done - bar.n)
     return step.comparison
-
-
-def _try(
-    model: LayeredModel,
-    calibration: LayerGame,
-    held_out: LayerGame,
-    analysis: Analysis,
-    dropped: tuple[int, ...],
-) -> Comparison:
-    keep = leave_out(model.n_layers, dropped)
-    masks = np.array([np.ones_like(keep), keep])
-    predicted, low, high = (float(value[0]) for value in analysis.predict_perplexity(keep))
-    calibration_full, calibration_pruned = map(float, calibration.perplexity(masks))
-    held_out_full, held_out_pruned = map(float, held_out.perplexity(masks))
-    return Comparison(
-        dropped,
-        predicted,
-        low,
-        high,
-        calibration_full,
-        calibration_pruned,
-        held_out_full,
-        held_out_pruned,
-        footprint(model).parameters,
-        footprint(prune(model, keep)).parameters,
-    )
 
 
 if __name__ == "__main__":
