@@ -14,6 +14,7 @@ from core.players import Players
 from ui.figures.style import (
     ACCENT,
     COLOUR_BAR,
+    COLOUR_BAR_PIXELS,
     QUIET,
     SEQUENTIAL,
     WHISKER,
@@ -126,6 +127,7 @@ def contribution_heatmap(contributions: Contributions, players: Players | None =
         ygap=cell_gap(n),
         **root_scale(by_size, "← hurts         contribution to utility         helps →"),
     )
+    figure.update_layout(margin_t=COLOUR_BAR_PIXELS)
     figure.update_xaxes(showgrid=False, **player_ticks(players))
     sizes = contributions.sizes
     figure.update_yaxes(showgrid=False, tickvals=[int(sizes[i]) for i in layer_ticks(len(sizes))])
@@ -171,6 +173,7 @@ def surrogate_scatter(analysis: Analysis) -> go.Figure:
         ],
         hovertemplate="%{text}<extra></extra>",
     )
+    figure.update_layout(margin_t=COLOUR_BAR_PIXELS)
     figure.update_xaxes(**log_axis(ends, most=5))
     figure.update_yaxes(**log_axis(ends))
     return figure

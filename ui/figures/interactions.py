@@ -12,6 +12,7 @@ from core.interactions import Interactions
 from core.players import Players
 from ui.figures.style import (
     ACCENT,
+    COLOUR_BAR_PIXELS,
     CONTRAST,
     GRID,
     QUIET,
@@ -93,6 +94,7 @@ def interaction_heatmap(interactions: Interactions, players: Players | None = No
         ygap=cell_gap(n),
         **root_scale(values, "← stand in for each other     need each other →"),
     )
+    figure.update_layout(margin_t=COLOUR_BAR_PIXELS)
     ticks = player_ticks(players)
     figure.update_xaxes(showgrid=False, **ticks, constrain="domain", constraintoward="left")
     figure.update_yaxes(

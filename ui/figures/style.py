@@ -65,6 +65,9 @@ COLOUR_BAR = {
     "ypad": 8,
     "tickfont": {"size": 11},
 }
+# Room for it from the start: Plotly would make some, then place the axis title by where the tick
+# labels were before.
+COLOUR_BAR_PIXELS = 100
 LEGEND = {
     "orientation": "h",
     "xref": "container",
