@@ -104,7 +104,7 @@ def contribution_heatmap(contributions: Contributions, players: Players | None =
     players = whole_layers(n, players)
     by_size = contributions.by_size.T
     figure = base_figure(
-        height=340 if len(by_size) < 16 else min(640, 150 + 15 * len(by_size)),
+        height=320 if len(by_size) < 16 else min(620, 130 + 15 * len(by_size)),
         title_x=f"{players.noun}, in depth order",
         title_y=f"other {players.noun}s kept",
     )
@@ -141,7 +141,7 @@ def surrogate_scatter(analysis: Analysis) -> go.Figure:
     predicted = np.exp(analysis.full_loss + surrogate.out_of_fold)
     kept, noun = analysis.masks.sum(axis=1), analysis.players.noun
     figure = base_figure(
-        height=400, title_x="measured perplexity (log scale)", title_y="predicted perplexity (log)"
+        height=380, title_x="measured perplexity (log scale)", title_y="predicted perplexity (log)"
     )
     ends = [
         float(min(measured.min(), predicted.min())),

@@ -205,7 +205,9 @@ def pair_utilities(first: str, second: str, utilities: Sequence[float]) -> go.Fi
         text=f"dashed line: sum of the parts, {number(additive)}",
     )
     # In two lines, a narrow screen has room for all four.
-    figure.update_xaxes(tickvals=names, ticktext=[name.replace(" ", "<br>", 1) for name in names])
+    figure.update_xaxes(
+        showgrid=False, tickvals=names, ticktext=[name.replace(" ", "<br>", 1) for name in names]
+    )
     figure.update_layout(bargap=0.35, margin_t=50)
     return figure
 

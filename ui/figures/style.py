@@ -60,14 +60,14 @@ COLOUR_BAR = {
     "x": 0,
     "xanchor": "left",
     "xpad": 0,
-    "y": 1.02,
-    "yanchor": "bottom",
-    "ypad": 8,
+    # Of the whole chart: against the plot area, Plotly misplaces the title of the axis below.
+    "yref": "container",
+    "y": 1,
+    "yanchor": "top",
+    "ypad": 4,
     "tickfont": {"size": 11},
 }
-# Room for it from the start: Plotly would make some, then place the axis title by where the tick
-# labels were before.
-COLOUR_BAR_PIXELS = 100
+COLOUR_BAR_PIXELS = 68
 LEGEND = {
     "orientation": "h",
     "xref": "container",
@@ -76,7 +76,7 @@ LEGEND = {
     "yref": "container",
     "y": 1,
     "yanchor": "top",
-    "itemsizing": "trace",
+    "itemsizing": "constant",
     # As many rows as a narrow screen needs; never a scroll bar.
     "maxheight": 1,
     "font": {"size": 11},
