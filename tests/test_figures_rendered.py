@@ -68,6 +68,9 @@ async ([figures, widths]) => {
         box: place(boxOf(element)),
         turned: /rotate\\((?!0)/.test(element.getAttribute("transform") ?? ""),
       }));
+    // Text in several lines is not a block: others may stand beside its shorter ones.
+    const lines = selector => [...found(`${selector}:not(:has(tspan))`),
+      ...found(`${selector} tspan.line`)];
     const layout = chart._fullLayout;
     const parts = {
       plot: layout.xaxis.visible ? [{
@@ -80,8 +83,8 @@ async ([figures, widths]) => {
       xticks: found(".xtick text"), yticks: found(".ytick text"),
       titles: found(".g-xtitle, .g-ytitle"),
       legends: found(".legend"), entries: found(".legendtext"), scrolled: found(".scrollbar"),
-      bars: found(".colorbar"), barTicks: found(".colorbar .cbaxis text"),
-      barTitles: found(".colorbar .cbtitle text"),
+      bars: found(".colorbar"), barTicks: lines(".colorbar .cbaxis text"),
+      barFills: found(".colorbar .cbfill"), barTitles: found(".colorbar .cbtitle text"),
       annotations: found(".annotation"), values: found(".bartext, .textpoint text"),
       texts: found("svg text"),
     };
@@ -245,6 +248,8 @@ def faults_of(drawn):
     beside = [part for kind in apart for part in parts[kind]]
     faults += overlaps(itertools.product(ticks, beside))
     faults += overlaps(itertools.product(parts["xticks"], parts["yticks"]))
+    words = parts["barTicks"] + parts["barTitles"]
+    faults += overlaps(itertools.product(parts["barFills"], words))
     faults += overlaps(itertools.product(parts["barTicks"], parts["barTitles"]))
     faults += overlaps(itertools.product(parts["values"], ticks + parts["annotations"]))
     faults += ["the legend scrolls" for _ in parts["scrolled"]]

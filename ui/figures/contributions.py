@@ -125,7 +125,7 @@ def contribution_heatmap(contributions: Contributions, players: Players | None =
         hovertemplate="%{customdata}<extra></extra>",
         xgap=cell_gap(n),
         ygap=cell_gap(n),
-        **root_scale(by_size, "← hurts         contribution to utility         helps →"),
+        **root_scale(by_size, ("hurts", "contribution", "helps")),
     )
     figure.update_layout(margin_t=COLOUR_BAR_PIXELS)
     figure.update_xaxes(showgrid=False, **player_ticks(players))
@@ -140,6 +140,7 @@ def surrogate_scatter(analysis: Analysis) -> go.Figure:
     measured = np.exp(analysis.full_loss + surrogate.measured)
     predicted = np.exp(analysis.full_loss + surrogate.out_of_fold)
     kept, noun = analysis.masks.sum(axis=1), analysis.players.noun
+    least, most = int(kept.min()), int(kept.max())
     figure = base_figure(
         height=380, title_x="measured perplexity (log scale)", title_y="predicted perplexity (log)"
     )
@@ -161,9 +162,9 @@ def surrogate_scatter(analysis: Analysis) -> go.Figure:
             "opacity": 0.8,
             "colorbar": {
                 **COLOUR_BAR,
-                "len": 180,
-                "nticks": 6,
-                "title": {"text": f"{noun}s kept", "side": "top", "font": {"size": 12}},
+                "len": 160,
+                "tickvals": [least, (least + most) / 2, most],
+                "ticktext": [str(least), f"{noun}s kept", str(most)],
             },
             "line": {"width": 0},
         },

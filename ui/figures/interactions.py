@@ -92,7 +92,7 @@ def interaction_heatmap(interactions: Interactions, players: Players | None = No
         hoverongaps=False,
         xgap=cell_gap(n),
         ygap=cell_gap(n),
-        **root_scale(values, "← stand in for each other     need each other →"),
+        **root_scale(values, ("stand in", "interaction", "need each other")),
     )
     figure.update_layout(margin_t=COLOUR_BAR_PIXELS)
     ticks = player_ticks(players)
