@@ -13,6 +13,7 @@ from core.players import Players
 from ui.figures.style import (
     ACCENT,
     COLOUR_BAR,
+    COLOUR_BAR_PIXELS,
     QUIET,
     SEQUENTIAL,
     WHISKER,
@@ -94,7 +95,7 @@ def contribution_heatmap(contributions: Contributions, players: Players | None =
     players = whole_layers(n, players)
     by_size = contributions.by_size.T
     figure = base_figure(
-        height=340 if len(by_size) < 16 else min(640, 150 + 15 * len(by_size)),
+        height=320 if len(by_size) < 16 else min(620, 130 + 15 * len(by_size)),
         title_x=f"{players.noun}, in depth order",
         title_y=f"other {players.noun}s kept",
     )
@@ -115,9 +116,9 @@ def contribution_heatmap(contributions: Contributions, players: Players | None =
         hovertemplate="%{customdata}<extra></extra>",
         xgap=cell_gap(n),
         ygap=cell_gap(n),
-        **root_scale(by_size, "← hurts         contribution to utility         helps →"),
+        **root_scale(by_size, ("hurts", "contribution", "helps")),
     )
-    figure.update_layout(meta={"x": "player"})
+    figure.update_layout(margin_t=COLOUR_BAR_PIXELS, meta={"x": "player"})
     figure.update_xaxes(showgrid=False, **player_ticks(players))
     sizes = contributions.sizes
     figure.update_yaxes(showgrid=False, tickvals=[int(sizes[i]) for i in layer_ticks(len(sizes))])
@@ -130,8 +131,9 @@ def surrogate_scatter(analysis: Analysis) -> go.Figure:
     measured = np.exp(analysis.full_loss + surrogate.measured)
     predicted = np.exp(analysis.full_loss + surrogate.out_of_fold)
     kept, noun = analysis.masks.sum(axis=1), analysis.players.noun
+    least, most = int(kept.min()), int(kept.max())
     figure = base_figure(
-        height=400, title_x="measured perplexity (log scale)", title_y="predicted perplexity (log)"
+        height=380, title_x="measured perplexity (log scale)", title_y="predicted perplexity (log)"
     )
     ends = [
         float(min(measured.min(), predicted.min())),
@@ -151,9 +153,9 @@ def surrogate_scatter(analysis: Analysis) -> go.Figure:
             "opacity": 0.8,
             "colorbar": {
                 **COLOUR_BAR,
-                "len": 180,
-                "nticks": 6,
-                "title": {"text": f"{noun}s kept", "side": "top", "font": {"size": 12}},
+                "len": 160,
+                "tickvals": [least, (least + most) / 2, most],
+                "ticktext": [str(least), f"{noun}s kept", str(most)],
             },
             "line": {"width": 0},
         },
@@ -163,6 +165,7 @@ def surrogate_scatter(analysis: Analysis) -> go.Figure:
         ],
         hovertemplate="%{text}<extra></extra>",
     )
+    figure.update_layout(margin_t=COLOUR_BAR_PIXELS)
     figure.update_xaxes(**log_axis(ends, most=5))
     figure.update_yaxes(**log_axis(ends))
     return figure

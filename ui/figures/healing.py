@@ -52,6 +52,7 @@ def healing_curve(curve: HealingCurve, steps: int) -> go.Figure:
             "line": {"width": 2.5},
         },
         hoverinfo="skip",
+        cliponaxis=False,
     )
     figure.update_layout(showlegend=True, legend=LEGEND)
     figure.update_xaxes(range=[-0.01 * steps, 1.02 * steps], tickformat="d")

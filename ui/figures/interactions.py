@@ -12,6 +12,7 @@ from core.interactions import Interactions
 from core.players import Players
 from ui.figures.style import (
     ACCENT,
+    COLOUR_BAR_PIXELS,
     CONTRAST,
     GRID,
     QUIET,
@@ -91,9 +92,9 @@ def interaction_heatmap(interactions: Interactions, players: Players | None = No
         hoverongaps=False,
         xgap=cell_gap(n),
         ygap=cell_gap(n),
-        **root_scale(values, "← stand in for each other     need each other →"),
+        **root_scale(values, ("stand in", "interaction", "need each other")),
     )
-    figure.update_layout(meta={"x": "player", "y": "player"})
+    figure.update_layout(margin_t=COLOUR_BAR_PIXELS, meta={"x": "player", "y": "player"})
     ticks = player_ticks(players)
     figure.update_xaxes(showgrid=False, **ticks, constrain="domain", constraintoward="left")
     figure.update_yaxes(
@@ -204,7 +205,9 @@ def pair_utilities(first: str, second: str, utilities: Sequence[float]) -> go.Fi
         text=f"dashed line: sum of the parts, {number(additive)}",
     )
     # In two lines, a narrow screen has room for all four.
-    figure.update_xaxes(tickvals=names, ticktext=[name.replace(" ", "<br>", 1) for name in names])
+    figure.update_xaxes(
+        showgrid=False, tickvals=names, ticktext=[name.replace(" ", "<br>", 1) for name in names]
+    )
     figure.update_layout(bargap=0.35, margin_t=50)
     return figure
 

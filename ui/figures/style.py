@@ -56,15 +56,20 @@ COLOUR_BAR = {
     "thickness": 10,
     "outlinewidth": 0,
     "lenmode": "pixels",
-    "len": 270,
+    "len": 250,
     "x": 0,
     "xanchor": "left",
     "xpad": 0,
-    "y": 1.02,
-    "yanchor": "bottom",
-    "ypad": 8,
+    # Of the whole chart: against the plot area, Plotly misplaces the title of the axis below. Words
+    # stand under its numbers: a title of its own, Plotly would draw over it.
+    "yref": "container",
+    "y": 1,
+    "yanchor": "top",
+    "ypad": 4,
+    "tickangle": 0,
     "tickfont": {"size": 11},
 }
+COLOUR_BAR_PIXELS = 66
 LEGEND = {
     "orientation": "h",
     "xref": "container",
@@ -73,7 +78,7 @@ LEGEND = {
     "yref": "container",
     "y": 1,
     "yanchor": "top",
-    "itemsizing": "trace",
+    "itemsizing": "constant",
     # As many rows as a narrow screen needs; never a scroll bar.
     "maxheight": 1,
     "font": {"size": 11},
@@ -204,10 +209,10 @@ def signed_root(values: ArrayLike) -> NDArray[np.float64]:
     return np.sign(array) * np.sqrt(np.abs(array))
 
 
-def root_scale(values: ArrayLike, title: str = "") -> dict:
+def root_scale(values: ArrayLike, words: tuple[str, str, str] = ("", "", "")) -> dict:
     """Colours centred on zero for values drawn as `signed_root`; the ticks are true values.
 
-    `title` says what either end means.
+    `words` say what the negative end, the value itself and the positive end mean.
     """
     finite = np.abs(np.asarray(values, dtype=float))
     largest = float(np.nanmax(finite, initial=0.0)) or 1.0
@@ -223,8 +228,10 @@ def root_scale(values: ArrayLike, title: str = "") -> dict:
         "colorbar": {
             **COLOUR_BAR,
             "tickvals": signed_root(ticks).tolist(),
-            "ticktext": [number(tick) for tick in ticks],
-            "title": {"text": title, "side": "top", "font": {"size": 12}},
+            "ticktext": [
+                f"{number(tick)}<br>{word}" if word else number(tick)
+                for tick, word in zip(ticks, (words[0], "", words[1], "", words[2]), strict=True)
+            ],
         },
     }
 
