@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from core.blocks import BlockStack
 from core.card import Measured, Perplexities, model_card
 from core.clock import Clock
 from core.errors import LayerShapError, first_line
@@ -348,7 +347,7 @@ class _Trainer:
         return LayeredModel(
             module,
             model.tokenizer,
-            BlockStack(model.stack.path, blocks, model.stack.returns),
+            replace(model.stack, blocks=blocks),
             replace(model.info, fingerprint=fingerprint(module)),
         )
 

@@ -25,6 +25,7 @@ from core.bundled import bundled_folder, gguf_folder
 from core.errors import LayerShapError, first_line
 from core.packing import pack_linears
 from core.players import PLAYER_KINDS, PlayerKind, Players
+from core.skipping import check_skipping
 from core.sub_blocks import Branches, find_branches, halves
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def describe(
     """Wrap a causal LM that is already in memory.
 
     Raises:
-        LayerShapError: its decoder blocks cannot be located.
+        LayerShapError: its decoder blocks cannot be located, or not be skipped one by one.
     """
     module.eval()
     _disable_rescaling(module)
@@ -213,7 +214,9 @@ def describe(
         fingerprint=fingerprint(module),
         context_length=getattr(config, "max_position_embeddings", None),
     )
-    return LayeredModel(module, tokenizer, stack, info)
+    model = LayeredModel(module, tokenizer, stack, info)
+    check_skipping(model)
+    return model
 
 
 def fingerprint(module: PreTrainedModel) -> str:

@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
 from torch import nn
 
-from core.blocks import PROBE_TOKENS, BlockStack, copy_sharing_weights
+from core.blocks import PROBE_TOKENS, copy_sharing_weights
 from core.card import CARD_FILE, Measured, model_card, origin
 from core.errors import LayerShapError
 from core.evaluation import Evaluator
@@ -86,10 +86,10 @@ def prune(model: LayeredModel, keep: ArrayLike) -> LayeredModel:
     return LayeredModel(
         module,
         model.tokenizer,
-        BlockStack(
-            model.stack.path,
-            tuple(blocks),
-            tuple(model.stack.returns[layer] for layer in cut.layers),
+        replace(
+            model.stack,
+            blocks=tuple(blocks),
+            returns=tuple(model.stack.returns[layer] for layer in cut.layers),
         ),
         replace(
             model.info,
