@@ -49,6 +49,14 @@ POSITION_NAMES = (
     "block_idx",
     "block_id",
 )
+# Names under which configurations state how many layers there are.
+DEPTH_NAMES = (
+    "num_hidden_layers",
+    "num_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+    "num_blocks",
+)
 # Attributes that say how a module is being used, not what it computes.
 USAGE_NAMES = ("training", "gradient_checkpointing")
 PROVENANCE_FILE = "layershap.json"
@@ -419,7 +427,13 @@ def _shortened_config(model: LayeredModel, kept: list[int]) -> Any:
     config = deepcopy(model.module.config)
     text = config.get_text_config()
     n = model.n_layers
+    # Settings of single layers by their number; what they override can only be read without them.
+    by_layer = text.to_dict().get("per_layer_config")
+    if by_layer:
+        text.per_layer_config = None
     for name, value in list(vars(text).items()):
+        if _counts_first_layers(name, value, n):
+            setattr(text, name, sum(layer < value for layer in kept))
         if not isinstance(value, list):
             continue
         if "layer" in name and _are_layer_numbers(value, n):
@@ -427,8 +441,20 @@ def _shortened_config(model: LayeredModel, kept: list[int]) -> Any:
         elif len(value) == n and not name.endswith("token_id"):
             # A list as long as the model is deep describes its layers one by one.
             setattr(text, name, [value[layer] for layer in kept])
-    text.num_hidden_layers = len(kept)
+    depths = [name for name in DEPTH_NAMES if getattr(text, name, None) == n]
+    for name in depths or DEPTH_NAMES[:1]:
+        setattr(text, name, len(kept))
+    if by_layer:
+        settings = {int(layer): values for layer, values in by_layer.items()}
+        text.per_layer_config = {
+            kept.index(layer): values for layer, values in settings.items() if layer in kept
+        }
     return config
+
+
+def _counts_first_layers(name: str, value: Any, n: int) -> bool:
+    """Whether a setting says how many layers, from the first on, have no experts."""
+    return "dense" in name and type(value) is int and 0 < value <= n
 
 
 def _are_layer_numbers(values: Sequence[Any], n: int) -> bool:
@@ -455,12 +481,15 @@ def _match_description(module: nn.Module, path: str) -> None:
         LayerShapError: it would not, because the architecture derives them from the position.
     """
     message = (
-        f"{type(module).__name__} derives what a layer is from its position, so this cut cannot be "
-        "written as a model of its own; its measured perplexity still holds."
+        f"{type(module).__name__} derives what a layer is from its position or from how many there "
+        "are, so this cut cannot be written as a model of its own; its measured perplexity still "
+        "holds."
     )
     config = module.config
     try:
-        saved = type(config).from_dict(json.loads(config.to_json_string()))
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            saved = type(config).from_pretrained(folder)
         with torch.device("meta"):
             fresh = type(module)(saved)
     except Exception as error:

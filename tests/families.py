@@ -54,6 +54,7 @@ TOWER_SIZES: dict[str, Any] = {
     **dict.fromkeys(("out_hidden_size", "vision_output_dim", "projection_dim"), 32),
     **dict.fromkeys(("num_key_value_heads",), 4),
     **dict.fromkeys(("max_source_positions",), 64),
+    **dict.fromkeys(("hidden_size_global",), 32),
 }
 HYBRID = ["linear_attention", "full_attention"] * 2
 MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16}
@@ -69,6 +70,7 @@ AUDIO = {"codebook_size": 16, "num_filters": 4, "hidden_size": 16, "num_quantize
 # What a family needs besides, by the type that its configuration states.
 QUIRKS: dict[str, dict[str, Any]] = {
     "axk1": {"first_k_dense_replace": 1},
+    "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {**MAMBA2, "attn_layer_indices": [1, 3]},
     "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3]},
     "codegen": {"rotary_dim": 8},
@@ -76,7 +78,10 @@ QUIRKS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     },
     "cpmant": {"prompt_length": 4},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "deepseek_v3": {"first_k_dense_replace": 1},
     "dots3_note_text": {
         "num_key_value_heads": 4,
@@ -93,11 +98,14 @@ QUIRKS: dict[str, dict[str, Any]] = {
     },
     "falcon_h1": {**MAMBA2, "mamba_d_ssm": 64},
     "gemma3n_text": {**GEMMA_INPUTS, **UNSHARED, "laurel_rank": 8},
+    "gemma4_assistant": {"backbone_hidden_size": 32},
     "gemma4_text": GEMMA_INPUTS,
+    "gemma4_unified_assistant": {"backbone_hidden_size": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {**MAMBA2, "layer_types": ["mamba", "attention"] * 2},
     "hrm_text": {"H_cycles": 1, "L_cycles": 1},
+    "inkling2_text": {"n_layers_per_attn_res_block": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8},
     "kimi_linear": {
         "layer_types": HYBRID,
@@ -141,6 +149,8 @@ QUIRKS: dict[str, dict[str, Any]] = {
     },
     "xlstm": {"num_heads": 2, "num_blocks": 4},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    # Every load gives the padding token zeros.
+    "youtu": {"pad_token_id": None},
     "zamba": {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
         "attention_head_dim": 16,
