@@ -204,9 +204,9 @@ def _trace_calls(
         trace[block].append((given, output, next(clock)))
 
     hooks = [block.register_forward_hook(note, with_kwargs=True) for block in blocks]
-    device = module.get_input_embeddings().weight.device
-    tokens = torch.arange(PROBE_TOKENS, device=device).expand(PROBE_ROWS, -1)
     try:
+        device = module.get_input_embeddings().weight.device
+        tokens = torch.arange(PROBE_TOKENS, device=device).expand(PROBE_ROWS, -1)
         with torch.inference_mode():
             module(input_ids=tokens, use_cache=False)
     except Exception as error:

@@ -164,12 +164,18 @@ def heal(
         stop: asked before each step.
 
     Raises:
-        LayerShapError: peft is missing, its adapters do not fit this architecture, there is too
-            little text or memory, or the pruned model's loss is not finite to begin with.
+        LayerShapError: peft is missing, its adapters do not fit this architecture, its weights are
+            quantized, there is too little text or memory, or the pruned model's loss is not finite
+            to begin with.
     """
     settings = settings or HealingSettings()
     total, curve = settings.steps, HealingCurve()
     _peft()
+    if pruned.info.quantization:
+        raise LayerShapError(
+            f"Adapters cannot be merged into weights quantized with {pruned.info.quantization}; "
+            "heal the same cut of the unquantized model."
+        )
     if len(training) < 2:
         raise LayerShapError("Healing needs at least two blocks of text; give more text.")
     yield HealingProgress("Measuring the full and the pruned model", 0, total)

@@ -25,11 +25,12 @@ from core.bundled import bundled_folder, gguf_folder
 from core.errors import LayerShapError, first_line
 from core.packing import pack_linears
 from core.players import PLAYER_KINDS, PlayerKind, Players
+from core.quantization import counted_module, held_tensors, quantization_name
 from core.skipping import check_skipping
 from core.sub_blocks import Branches, find_branches, halves
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[str, float | None], None]
 
@@ -43,11 +44,23 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 GPU_RESERVE = 0.2
 # Roundings of the largest logit by which a prediction may move when only later tokens change.
 CAUSAL_ROUNDINGS = 8
+# Eight bits are chosen for a whole text at once, so what comes later moves the last of them.
+QUANTIZED_ROUNDING = 2**-8
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a loaded model is; `fingerprint` identifies its weights and configuration."""
+    """What a loaded model is.
+
+    Attributes:
+        parameters: of the whole model; of quantized weights, the numbers they stand for.
+        block_parameters: the same of each layer.
+        dtype: what the model computes in.
+        fingerprint: identifies its weights and configuration.
+        quantization: how its weights are packed, such as "bitsandbytes 4-bit".
+        tower_parameters: how many of the parameters are outside the language model, in what sees or
+            hears; text never passes them.
+    """
 
     name: str
     source: str
@@ -61,6 +74,8 @@ class ModelInfo:
     device: str
     fingerprint: str
     context_length: int | None
+    quantization: str | None = None
+    tower_parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,9 +141,10 @@ class LayeredModel:
         """Parameters that dropping each player saves."""
         if kind == "blocks":
             return self.info.block_parameters
+        blocks = counted_module(self.module).get_submodule(self.stack.path)
         return tuple(
-            sum(p.numel() for name in parts for p in block._modules[name].parameters())
-            for block, found in zip(self.blocks, self.branches, strict=True)
+            sum(count_parameters(block._modules[name]) for name in parts)
+            for block, found in zip(blocks, self.branches, strict=True)
             for parts in found.both
         )
 
@@ -200,6 +216,7 @@ def describe(
     _check_causal(module)
     config = module.config.get_text_config()
     first = next(module.parameters())
+    counted = counted_module(module)
     info = ModelInfo(
         name=name or type(module).__name__,
         source=source,
@@ -207,16 +224,39 @@ def describe(
         architecture=type(module).__name__,
         n_layers=len(stack.blocks),
         hidden_size=module.get_input_embeddings().weight.shape[1],
-        parameters=sum(p.numel() for p in module.parameters()),
-        block_parameters=tuple(sum(p.numel() for p in b.parameters()) for b in stack.blocks),
-        dtype=str(first.dtype).removeprefix("torch."),
+        parameters=count_parameters(counted),
+        block_parameters=tuple(map(count_parameters, counted.get_submodule(stack.path))),
+        dtype=str(module.dtype).removeprefix("torch."),
         device=_device_name(module, first),
         fingerprint=fingerprint(module),
         context_length=getattr(config, "max_position_embeddings", None),
+        quantization=quantization_name(module.config),
+        tower_parameters=_tower_parameters(counted, stack.path),
     )
     model = LayeredModel(module, tokenizer, stack, info)
     check_skipping(model)
     return model
+
+
+def count_parameters(module: nn.Module) -> int:
+    """A module's parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _tower_parameters(module: nn.Module, path: str) -> int:
+    """Parameters outside the language model, whose blocks are at `path`; embeddings belong to it.
+
+    Only a model whose configuration has a part for text has others.
+    """
+    if module.config.get_text_config() is module.config:
+        return 0
+    parts = (
+        module.get_submodule(path.rpartition(".")[0]),
+        module.get_input_embeddings(),
+        module.get_output_embeddings(),
+    )
+    language = {id(p) for part in parts if part is not None for p in part.parameters()}
+    return sum(p.numel() for p in module.parameters() if id(p) not in language)
 
 
 def fingerprint(module: PreTrainedModel) -> str:
@@ -229,7 +269,7 @@ def fingerprint(module: PreTrainedModel) -> str:
         for key, value in module.config.to_dict().items()
         if key not in ("_name_or_path", "transformers_version")
     }
-    named = [*module.named_parameters(), *module.named_buffers()]
+    named = list(held_tensors(module).items())
     if any(tensor.is_meta for _, tensor in named):
         raise LayerShapError(
             "The model does not fit in the memory of this machine's devices; choose a smaller "
@@ -337,8 +377,7 @@ def _from_hub(repo: str, revision: str | None, report: Progress) -> Path:
 def _read(
     folder: Path, name: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import AutoConfig, AutoTokenizer
 
     if not (folder / "config.json").is_file():
         raise LayerShapError(f"{name} has no config.json, so it is not a transformers model.")
@@ -355,16 +394,15 @@ def _read(
             f"The configuration of {name} cannot be read: this transformers version does not know "
             "its architecture, or it needs code from its own repository, which is never run."
         ) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(
-        config, "is_encoder_decoder", False
-    ):
+    loader = auto_class(config)
+    if loader is None or getattr(config, "is_encoder_decoder", False):
         raise LayerShapError(
             f"{name} is a {config.model_type} model, not a causal language model; choose a "
             "decoder-only model such as Llama, Qwen or Mistral."
         )
     size = sum(file.stat().st_size for file in weights)
     try:
-        module = AutoModelForCausalLM.from_pretrained(
+        module = loader.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -372,6 +410,13 @@ def _read(
             trust_remote_code=False,
             device_map="auto" if _needs_several_gpus(size, device) else {"": device},
         )
+    except ImportError as error:
+        packed = quantization_name(config)
+        needed = f"is quantized with {packed}" if packed else "needs another package"
+        raise LayerShapError(
+            f"{name} {needed}, and what reads it is not installed ({first_line(error)}); install "
+            "it, or choose an unquantized version of the model."
+        ) from error
     except Exception as error:
         raise LayerShapError(
             f"The weights of {name} cannot be loaded ({first_line(error)}); the files may be "
@@ -385,6 +430,23 @@ def _read(
             "beside the weights."
         ) from error
     return module, tokenizer
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The transformers class that reads every weight of a language model with this configuration.
+
+    A model that also sees or hears is read whole, its towers included. None where transformers
+    knows no language model of this kind.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    multimodal = type(config) in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING
+    if multimodal and config.get_text_config() is not config:
+        return transformers.AutoModelForMultimodalLM
+    if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForMultimodalLM if multimodal else None
 
 
 def _needs_several_gpus(weight_bytes: int, device: torch.device) -> bool:
@@ -413,6 +475,8 @@ def _check_causal(module: PreTrainedModel) -> None:
         for ids in (tokens, changed)
     )
     rounding = torch.finfo(module.dtype).eps
+    if quantization_name(module.config):
+        rounding = max(rounding, QUANTIZED_ROUNDING)
     if (first - second).abs().max() > CAUSAL_ROUNDINGS * rounding * first.abs().max():
         raise LayerShapError(
             f"{type(module).__name__} looks at the words to come, so it is not a causal language "

@@ -35,8 +35,9 @@ from core.errors import LayerShapError
 from core.evaluation import Evaluator
 from core.game import check_masks
 from core.masks import dropped_players, leave_out, mask_key
-from core.models import LayeredModel, ModelInfo, load_model
+from core.models import LayeredModel, ModelInfo, auto_class, count_parameters, load_model
 from core.players import ATTENTION, BRANCH_NAMES, MLP, Players, players_of_mask
+from core.quantization import check_saving, counted_module, quantization_settings
 from core.sub_blocks import Branches, Silenced
 
 # Names under which blocks and their parts remember their own position.
@@ -91,6 +92,9 @@ def prune(model: LayeredModel, keep: ArrayLike) -> LayeredModel:
         _silence(blocks, branches, cut.silenced)
         _renumber_caches(config.get_text_config(), blocks, branches)
     _check_same_function(model, cut, module)
+    counted = counted_module(module)
+    if counted is not module and not cut.whole:
+        _silence(counted.get_submodule(model.stack.path), branches, cut.silenced)
     return LayeredModel(
         module,
         model.tokenizer,
@@ -102,8 +106,8 @@ def prune(model: LayeredModel, keep: ArrayLike) -> LayeredModel:
         replace(
             model.info,
             n_layers=len(cut.layers),
-            parameters=sum(p.numel() for p in module.parameters()),
-            block_parameters=tuple(sum(p.numel() for p in block.parameters()) for block in blocks),
+            parameters=count_parameters(counted),
+            block_parameters=tuple(map(count_parameters, counted.get_submodule(model.stack.path))),
             fingerprint=_fingerprint(model.info, cut),
         ),
     )
@@ -158,6 +162,17 @@ def save_pruned(
     """
     pruned = prune(model, keep)
     whole = _Cut.of(model, keep).whole
+    check_saving(pruned.module, model.stack.path)
+    if not whole and model.info.quantization:
+        raise LayerShapError(
+            "Quantized weights cannot be made zero, which a saved model needs where a part of a "
+            "layer is dropped; drop whole layers, or cut the unquantized model."
+        )
+    if auto_class(pruned.module.config) is None:
+        raise LayerShapError(
+            f"transformers cannot read a {type(pruned.module).__name__} by itself, so this cut "
+            "cannot be saved; its measured perplexity still holds."
+        )
     recipe = mergekit_yaml(model.info, keep, origin(model).location) if whole else None
     card = model_card(
         model,
@@ -190,7 +205,10 @@ def write_model(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
             made = Path(scratch) / "model"
-            _neutral(model.module).save_pretrained(made)
+            # Packed weights cannot be turned back into the format they were first read from.
+            _neutral(model.module).save_pretrained(
+                made, save_original_format=not model.info.quantization
+            )
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(made)
             (made / PROVENANCE_FILE).write_text(json.dumps(made_by, indent=1), encoding="utf-8")
@@ -494,11 +512,15 @@ def _match_description(module: nn.Module, path: str) -> None:
             fresh = type(module)(saved)
     except Exception as error:
         raise LayerShapError(message) from error
-    if _shapes(fresh) != _shapes(module):
+    packed = quantization_settings(config) is not None
+    if not packed and _shapes(fresh) != _shapes(module):
         raise LayerShapError(message)
     described = dict(fresh.get_submodule(path).named_modules())
     for name, part in module.get_submodule(path).named_modules():
         if type(described.get(name)) is not type(part):
+            # In the place of a linear layer, a quantized model has one that unpacks its weights.
+            if packed and isinstance(described.get(name), nn.Linear):
+                continue
             raise LayerShapError(message)
         wanted = _settings(described[name])
         for position in POSITION_NAMES:

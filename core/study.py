@@ -10,7 +10,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -292,7 +292,8 @@ def _saved_parameters(document: dict[str, Any], players: Players) -> tuple[int, 
 def _record(kind: type, values: Mapping[str, Any]) -> Any:
     """A dataclass of scalars and tuples from JSON, types checked against the field types' names."""
     allowed = {f.name: str(f.type) for f in fields(kind)}
-    if set(values) != set(allowed):
+    required = {f.name for f in fields(kind) if f.default is MISSING}
+    if not required <= set(values) <= set(allowed):
         raise ValueError(f"{kind.__name__} holds other fields than expected")
     return kind(**{name: _scalar(name, allowed[name], value) for name, value in values.items()})
 

@@ -18,7 +18,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size"), 32),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), LAYERS),
     **dict.fromkeys(("decoder_layers", "num_decoder_layers"), LAYERS),
-    **dict.fromkeys(("encoder_layers", "num_encoder_layers"), 2),
+    **dict.fromkeys(("encoder_layers", "num_encoder_layers"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("decoder_attention_heads", "num_decoder_attention_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "num_encoder_attention_heads"), 4),
@@ -198,11 +198,10 @@ def configuration(family: str) -> PreTrainedConfig:
     return small(CONFIG_MAPPING[family], SIZES)
 
 
-def tiny(family: str) -> PreTrainedModel:
+def tiny(family: str, loader: Any = AutoModelForCausalLM) -> PreTrainedModel:
     """A model whose weights are large enough that every layer matters."""
     torch.manual_seed(0)
-    config = configuration(family)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = loader.from_config(configuration(family), dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.add_(0.15 * torch.randn(parameter.shape, generator=generator))
