@@ -20,20 +20,25 @@ from torch import Tensor, nn
 
 from core.errors import LayerShapError
 
-PROBE_TOKENS = 8
+PROBE_ROWS, PROBE_TOKENS = 2, 8
 
 
 @dataclass(frozen=True)
 class BlockStack:
     """The decoder blocks of a model.
 
-    `returns` holds, per block, what it returned on a probe with the hidden state taken out:
-    `None` when a block returns the bare hidden state, else the tuple's remaining members.
+    Attributes:
+        path: the name of the `ModuleList` that holds them.
+        blocks: in order.
+        returns: per block, what it returned on a probe with the hidden state taken out: `None` when
+            a block returns the bare hidden state, else the tuple's remaining members.
+        state_bytes: what passes from block to block per token.
     """
 
     path: str
     blocks: tuple[nn.Module, ...]
     returns: tuple[tuple[Any, ...] | None, ...]
+    state_bytes: int
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -54,7 +59,12 @@ def find_blocks(module: nn.Module) -> BlockStack:
     }
     trace = _trace_calls(module, {block for blocks in lists.values() for block in blocks})
     stacks = [
-        BlockStack(path, blocks, tuple(_template(trace[block][0][1]) for block in blocks))
+        BlockStack(
+            path,
+            blocks,
+            tuple(_template(trace[block][0][1]) for block in blocks),
+            trace[blocks[0]][0][0].nbytes // (PROBE_ROWS * PROBE_TOKENS),
+        )
         for path, blocks in lists.items()
         if _is_residual_chain(blocks, trace)
     ]
@@ -125,7 +135,7 @@ class StandIns:
 
     @contextmanager
     def injecting(self, state: Tensor) -> Iterator[None]:
-        """In this thread, let the blocks appear to return `state` [rows, tokens, hidden]."""
+        """In this thread, let the blocks appear to return `state` [rows, tokens, ...]."""
         self._local.state = state
         try:
             yield
@@ -194,9 +204,9 @@ def _trace_calls(
         trace[block].append((given, output, next(clock)))
 
     hooks = [block.register_forward_hook(note, with_kwargs=True) for block in blocks]
-    device = module.get_input_embeddings().weight.device
-    tokens = torch.arange(PROBE_TOKENS, device=device).unsqueeze(0)
     try:
+        device = module.get_input_embeddings().weight.device
+        tokens = torch.arange(PROBE_TOKENS, device=device).expand(PROBE_ROWS, -1)
         with torch.inference_mode():
             module(input_ids=tokens, use_cache=False)
     except Exception as error:
@@ -230,7 +240,13 @@ def _is_residual_chain(blocks: tuple[nn.Module, ...], trace: dict) -> bool:
 
 
 def _is_hidden(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
+    """Whether this is a state of several rows of text, [rows, tokens, ...]."""
+    return (
+        isinstance(value, Tensor)
+        and value.ndim >= 3
+        and len(value) == PROBE_ROWS
+        and value.is_floating_point()
+    )
 
 
 def _template(output: Any) -> tuple[Any, ...] | None:

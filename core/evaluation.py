@@ -14,6 +14,7 @@ import inspect
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -25,8 +26,10 @@ from torch import Tensor
 from core.blocks import BlockCall, hidden_of
 from core.errors import LayerShapError
 from core.masks import Masks
-from core.models import LayeredModel
 from core.players import PlayerKind
+
+if TYPE_CHECKING:
+    from core.models import LayeredModel
 
 # Tokens per step that keep the device's matrix units busy.
 STEP_TOKENS = {"cpu": 1024, "mps": 4096, "cuda": 16384}
@@ -303,7 +306,7 @@ def _plan(model: LayeredModel, tokens: Tensor, depth: int, budget: int, group: i
     blocks, length = tokens.shape
     kind = model.device.type
     weight = next(model.module.parameters())
-    row_bytes = length * model.info.hidden_size * weight.element_size()
+    row_bytes = length * model.stack.state_bytes
     # Worst case for one mask alone: a distinct state after every player, and one step in flight.
     rows = max(1, min(blocks, budget // (row_bytes * (depth + 4))))
     group = group or max(1, STEP_TOKENS.get(kind, 4096) // (rows * length))

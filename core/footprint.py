@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from core.models import LayeredModel
+from core.quantization import held_tensors
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,10 @@ class Speed:
 
 def footprint(model: LayeredModel) -> Footprint:
     """A model's parameters and bytes; shared weights count once."""
-    parameters = list(model.module.parameters())
+    held = held_tensors(model.module).values() if model.info.quantization else ()
     return Footprint(
-        parameters=sum(p.numel() for p in parameters),
-        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        parameters=model.info.parameters,
+        weight_bytes=sum(tensor.nbytes for tensor in held or model.module.parameters()),
         cache_bytes=sum(cache_bytes_by_layer(model)) or None,
     )
 

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from core.blocks import BlockStack
 from core.card import Measured, Perplexities, model_card
 from core.clock import Clock
 from core.errors import LayerShapError, first_line
@@ -165,12 +164,18 @@ def heal(
         stop: asked before each step.
 
     Raises:
-        LayerShapError: peft is missing, its adapters do not fit this architecture, there is too
-            little text or memory, or the pruned model's loss is not finite to begin with.
+        LayerShapError: peft is missing, its adapters do not fit this architecture, its weights are
+            quantized, there is too little text or memory, or the pruned model's loss is not finite
+            to begin with.
     """
     settings = settings or HealingSettings()
     total, curve = settings.steps, HealingCurve()
     _peft()
+    if pruned.info.quantization:
+        raise LayerShapError(
+            f"Adapters cannot be merged into weights quantized with {pruned.info.quantization}; "
+            "heal the same cut of the unquantized model."
+        )
     if len(training) < 2:
         raise LayerShapError("Healing needs at least two blocks of text; give more text.")
     yield HealingProgress("Measuring the full and the pruned model", 0, total)
@@ -348,7 +353,7 @@ class _Trainer:
         return LayeredModel(
             module,
             model.tokenizer,
-            BlockStack(model.stack.path, blocks, model.stack.returns),
+            replace(model.stack, blocks=blocks),
             replace(model.info, fingerprint=fingerprint(module)),
         )
 

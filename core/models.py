@@ -25,10 +25,12 @@ from core.bundled import bundled_folder, cache_root, gguf_folder
 from core.errors import LayerShapError, advice, first_line
 from core.packing import pack_linears
 from core.players import PLAYER_KINDS, PlayerKind, Players
+from core.quantization import counted_module, held_tensors, quantization_name
+from core.skipping import check_skipping
 from core.sub_blocks import Branches, find_branches, halves
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[str, float | None], None]
 
@@ -44,11 +46,23 @@ _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 GPU_RESERVE = 0.2
 # Roundings of the largest logit by which a prediction may move when only later tokens change.
 CAUSAL_ROUNDINGS = 8
+# Eight bits are chosen for a whole text at once, so what comes later moves the last of them.
+QUANTIZED_ROUNDING = 2**-8
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a loaded model is; `fingerprint` identifies its weights and configuration."""
+    """What a loaded model is.
+
+    Attributes:
+        parameters: of the whole model; of quantized weights, the numbers they stand for.
+        block_parameters: the same of each layer.
+        dtype: what the model computes in.
+        fingerprint: identifies its weights and configuration.
+        quantization: how its weights are packed, such as "bitsandbytes 4-bit".
+        tower_parameters: how many of the parameters are outside the language model, in what sees or
+            hears; text never passes them.
+    """
 
     name: str
     source: str
@@ -62,6 +76,8 @@ class ModelInfo:
     device: str
     fingerprint: str
     context_length: int | None
+    quantization: str | None = None
+    tower_parameters: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,9 +143,10 @@ class LayeredModel:
         """Parameters that dropping each player saves."""
         if kind == "blocks":
             return self.info.block_parameters
+        blocks = counted_module(self.module).get_submodule(self.stack.path)
         return tuple(
-            sum(p.numel() for name in parts for p in block._modules[name].parameters())
-            for block, found in zip(self.blocks, self.branches, strict=True)
+            sum(count_parameters(block._modules[name]) for name in parts)
+            for block, found in zip(blocks, self.branches, strict=True)
             for parts in found.both
         )
 
@@ -207,7 +224,7 @@ def describe(
     """Wrap a causal LM that is already in memory.
 
     Raises:
-        LayerShapError: its decoder blocks cannot be located.
+        LayerShapError: its decoder blocks cannot be located, or not be skipped one by one.
     """
     module.eval()
     _disable_rescaling(module)
@@ -215,6 +232,7 @@ def describe(
     _check_causal(module)
     config = module.config.get_text_config()
     first = next(module.parameters())
+    counted = counted_module(module)
     info = ModelInfo(
         name=name or type(module).__name__,
         source=source,
@@ -222,14 +240,39 @@ def describe(
         architecture=type(module).__name__,
         n_layers=len(stack.blocks),
         hidden_size=module.get_input_embeddings().weight.shape[1],
-        parameters=sum(p.numel() for p in module.parameters()),
-        block_parameters=tuple(sum(p.numel() for p in b.parameters()) for b in stack.blocks),
-        dtype=str(first.dtype).removeprefix("torch."),
+        parameters=count_parameters(counted),
+        block_parameters=tuple(map(count_parameters, counted.get_submodule(stack.path))),
+        dtype=str(module.dtype).removeprefix("torch."),
         device=_device_name(module, first),
         fingerprint=fingerprint(module),
         context_length=getattr(config, "max_position_embeddings", None),
+        quantization=quantization_name(module.config),
+        tower_parameters=_tower_parameters(counted, stack.path),
     )
-    return LayeredModel(module, tokenizer, stack, info)
+    model = LayeredModel(module, tokenizer, stack, info)
+    check_skipping(model)
+    return model
+
+
+def count_parameters(module: nn.Module) -> int:
+    """A module's parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _tower_parameters(module: nn.Module, path: str) -> int:
+    """Parameters outside the language model, whose blocks are at `path`; embeddings belong to it.
+
+    Only a model whose configuration has a part for text has others.
+    """
+    if module.config.get_text_config() is module.config:
+        return 0
+    parts = (
+        module.get_submodule(path.rpartition(".")[0]),
+        module.get_input_embeddings(),
+        module.get_output_embeddings(),
+    )
+    language = {id(p) for part in parts if part is not None for p in part.parameters()}
+    return sum(p.numel() for p in module.parameters() if id(p) not in language)
 
 
 def fingerprint(module: PreTrainedModel, *, buffers: bool = True) -> str:
@@ -243,7 +286,7 @@ def fingerprint(module: PreTrainedModel, *, buffers: bool = True) -> str:
         for key, value in module.config.to_dict().items()
         if key not in ("_name_or_path", "transformers_version")
     }
-    named = [*module.named_parameters(), *(module.named_buffers() if buffers else ())]
+    named = list(held_tensors(module).items() if buffers else module.named_parameters())
     if any(tensor.is_meta for _, tensor in named):
         raise LayerShapError(
             "The model does not fit in the memory of this machine's devices; choose a smaller "
@@ -363,8 +406,7 @@ def _from_hub(repo: str, revision: str | None, report: Progress) -> Path:
 def _read(
     folder: Path, name: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import AutoConfig, AutoTokenizer
 
     if not (folder / "config.json").is_file():
         raise _Unreadable(f"{name} has no config.json, so it is not a transformers model.")
@@ -381,16 +423,15 @@ def _read(
             f"The configuration of {name} cannot be read: this transformers version does not know "
             "its architecture, or it needs code from its own repository, which is never run."
         ) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(
-        config, "is_encoder_decoder", False
-    ):
+    loader = auto_class(config)
+    if loader is None or getattr(config, "is_encoder_decoder", False):
         raise LayerShapError(
             f"{name} is a {config.model_type} model, not a causal language model; choose a "
             "decoder-only model such as Llama, Qwen or Mistral."
         )
     size = sum(file.stat().st_size for file in weights)
     try:
-        module = AutoModelForCausalLM.from_pretrained(
+        module = loader.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -400,6 +441,13 @@ def _read(
         )
     except torch.OutOfMemoryError as error:
         raise LayerShapError(advice(error)) from error
+    except ImportError as error:
+        packed = quantization_name(config)
+        needed = f"is quantized with {packed}" if packed else "needs another package"
+        raise LayerShapError(
+            f"{name} {needed}, and what reads it is not installed ({first_line(error)}); install "
+            "it, or choose an unquantized version of the model."
+        ) from error
     except Exception as error:
         raise _Unreadable(
             f"The weights of {name} cannot be loaded ({first_line(error)}); the files may be "
@@ -420,6 +468,23 @@ def _detach_from_files(module: nn.Module) -> None:
     cutting it short would end the process."""
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = tensor.data.clone()
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The transformers class that reads every weight of a language model with this configuration.
+
+    A model that also sees or hears is read whole, its towers included. None where transformers
+    knows no language model of this kind.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    multimodal = type(config) in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING
+    if multimodal and config.get_text_config() is not config:
+        return transformers.AutoModelForMultimodalLM
+    if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForMultimodalLM if multimodal else None
 
 
 def _needs_several_gpus(weight_bytes: int, device: torch.device) -> bool:
@@ -448,6 +513,8 @@ def _check_causal(module: PreTrainedModel) -> None:
         for ids in (tokens, changed)
     )
     rounding = torch.finfo(module.dtype).eps
+    if quantization_name(module.config):
+        rounding = max(rounding, QUANTIZED_ROUNDING)
     if (first - second).abs().max() > CAUSAL_ROUNDINGS * rounding * first.abs().max():
         raise LayerShapError(
             f"{type(module).__name__} looks at the words to come, so it is not a causal language "

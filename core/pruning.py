@@ -29,14 +29,15 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
 from torch import nn
 
-from core.blocks import PROBE_TOKENS, BlockStack, copy_sharing_weights
+from core.blocks import PROBE_TOKENS, copy_sharing_weights
 from core.card import CARD_FILE, Measured, model_card, origin
 from core.errors import LayerShapError
 from core.evaluation import Evaluator
 from core.game import check_masks
 from core.masks import dropped_players, leave_out, mask_key
-from core.models import LayeredModel, ModelInfo, load_model
+from core.models import LayeredModel, ModelInfo, auto_class, count_parameters, load_model
 from core.players import ATTENTION, BRANCH_NAMES, MLP, Players, players_of_mask
+from core.quantization import check_saving, counted_module, quantization_settings
 from core.sub_blocks import Branches, Silenced
 
 # Names under which blocks and their parts remember their own position.
@@ -48,6 +49,14 @@ POSITION_NAMES = (
     "layer_index",
     "block_idx",
     "block_id",
+)
+# Names under which configurations state how many layers there are.
+DEPTH_NAMES = (
+    "num_hidden_layers",
+    "num_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+    "num_blocks",
 )
 # Attributes that say how a module is being used, not what it computes.
 USAGE_NAMES = ("training", "gradient_checkpointing")
@@ -84,19 +93,22 @@ def prune(model: LayeredModel, keep: ArrayLike) -> LayeredModel:
         _silence(blocks, branches, cut.silenced)
         _renumber_caches(config.get_text_config(), blocks, branches)
     _check_same_function(model, cut, module)
+    counted = counted_module(module)
+    if counted is not module and not cut.whole:
+        _silence(counted.get_submodule(model.stack.path), branches, cut.silenced)
     return LayeredModel(
         module,
         model.tokenizer,
-        BlockStack(
-            model.stack.path,
-            tuple(blocks),
-            tuple(model.stack.returns[layer] for layer in cut.layers),
+        replace(
+            model.stack,
+            blocks=tuple(blocks),
+            returns=tuple(model.stack.returns[layer] for layer in cut.layers),
         ),
         replace(
             model.info,
             n_layers=len(cut.layers),
-            parameters=sum(p.numel() for p in module.parameters()),
-            block_parameters=tuple(sum(p.numel() for p in block.parameters()) for block in blocks),
+            parameters=count_parameters(counted),
+            block_parameters=tuple(map(count_parameters, counted.get_submodule(model.stack.path))),
             fingerprint=_fingerprint(model.info, cut),
         ),
     )
@@ -151,6 +163,17 @@ def save_pruned(
     """
     pruned = prune(model, keep)
     whole = _Cut.of(model, keep).whole
+    check_saving(pruned.module, model.stack.path)
+    if not whole and model.info.quantization:
+        raise LayerShapError(
+            "Quantized weights cannot be made zero, which a saved model needs where a part of a "
+            "layer is dropped; drop whole layers, or cut the unquantized model."
+        )
+    if auto_class(pruned.module.config) is None:
+        raise LayerShapError(
+            f"transformers cannot read a {type(pruned.module).__name__} by itself, so this cut "
+            "cannot be saved; its measured perplexity still holds."
+        )
     recipe = mergekit_yaml(model.info, keep, origin(model).location) if whole else None
     card = model_card(
         model,
@@ -183,7 +206,10 @@ def write_model(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
             made = Path(scratch) / "model"
-            _neutral(model.module).save_pretrained(made)
+            # Packed weights cannot be turned back into the format they were first read from.
+            _neutral(model.module).save_pretrained(
+                made, save_original_format=not model.info.quantization
+            )
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(made)
             (made / PROVENANCE_FILE).write_text(json.dumps(made_by, indent=1), encoding="utf-8")
@@ -433,7 +459,13 @@ def _shortened_config(model: LayeredModel, kept: list[int]) -> Any:
     config = deepcopy(model.module.config)
     text = config.get_text_config()
     n = model.n_layers
+    # Settings of single layers by their number; what they override can only be read without them.
+    by_layer = text.to_dict().get("per_layer_config")
+    if by_layer:
+        text.per_layer_config = None
     for name, value in list(vars(text).items()):
+        if _counts_first_layers(name, value, n):
+            setattr(text, name, sum(layer < value for layer in kept))
         if not isinstance(value, list):
             continue
         if "layer" in name and _are_layer_numbers(value, n):
@@ -441,8 +473,20 @@ def _shortened_config(model: LayeredModel, kept: list[int]) -> Any:
         elif len(value) == n and not name.endswith("token_id"):
             # A list as long as the model is deep describes its layers one by one.
             setattr(text, name, [value[layer] for layer in kept])
-    text.num_hidden_layers = len(kept)
+    depths = [name for name in DEPTH_NAMES if getattr(text, name, None) == n]
+    for name in depths or DEPTH_NAMES[:1]:
+        setattr(text, name, len(kept))
+    if by_layer:
+        settings = {int(layer): values for layer, values in by_layer.items()}
+        text.per_layer_config = {
+            kept.index(layer): values for layer, values in settings.items() if layer in kept
+        }
     return config
+
+
+def _counts_first_layers(name: str, value: Any, n: int) -> bool:
+    """Whether a setting says how many layers, from the first on, have no experts."""
+    return "dense" in name and type(value) is int and 0 < value <= n
 
 
 def _are_layer_numbers(values: Sequence[Any], n: int) -> bool:
@@ -469,21 +513,28 @@ def _match_description(module: nn.Module, path: str) -> None:
         LayerShapError: it would not, because the architecture derives them from the position.
     """
     message = (
-        f"{type(module).__name__} derives what a layer is from its position, so this cut cannot be "
-        "written as a model of its own; its measured perplexity still holds."
+        f"{type(module).__name__} derives what a layer is from its position or from how many there "
+        "are, so this cut cannot be written as a model of its own; its measured perplexity still "
+        "holds."
     )
     config = module.config
     try:
-        saved = type(config).from_dict(json.loads(config.to_json_string()))
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            saved = type(config).from_pretrained(folder)
         with torch.device("meta"):
             fresh = type(module)(saved)
     except Exception as error:
         raise LayerShapError(message) from error
-    if _shapes(fresh) != _shapes(module):
+    packed = quantization_settings(config) is not None
+    if not packed and _shapes(fresh) != _shapes(module):
         raise LayerShapError(message)
     described = dict(fresh.get_submodule(path).named_modules())
     for name, part in module.get_submodule(path).named_modules():
         if type(described.get(name)) is not type(part):
+            # In the place of a linear layer, a quantized model has one that unpacks its weights.
+            if packed and isinstance(described.get(name), nn.Linear):
+                continue
             raise LayerShapError(message)
         wanted = _settings(described[name])
         for position in POSITION_NAMES:

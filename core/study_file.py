@@ -75,6 +75,8 @@ class ModelPart(_Part):
     device: Short
     fingerprint: Short
     context_length: Count | None
+    quantization: Short | None = None
+    tower_parameters: Count = 0
 
 
 class TextPart(_Part):
