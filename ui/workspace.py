@@ -16,10 +16,12 @@ from core.players import PlayerKind
 from core.pruning import load_pruned
 from core.resources import Resources, measure_resources
 from core.study import TextInfo
-from core.text import TextBlocks, load_text, training_blocks
+from core.text import BUNDLED, TextBlocks, load_text, training_blocks
 
-# Loaded models kept in memory; the least recently used goes first.
+# Loaded models, and the games of each on bundled text, kept in memory; the least recently used go
+# first.
 MAX_MODELS = 2
+MAX_WORKSPACES = 8
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,12 @@ class Workspace:
 
 
 class Workspaces:
-    """Opens workspaces; models are loaded once and shared between visitors."""
+    """Opens workspaces; models are loaded once and shared between visitors, and so is the whole
+    workspace where the text cannot change."""
 
     def __init__(self) -> None:
         self._models: OrderedDict[ModelChoice, LayeredModel] = OrderedDict()
+        self._opened: OrderedDict[tuple, Workspace] = OrderedDict()
         self._lock = threading.Lock()
 
     def open(
@@ -117,21 +121,34 @@ class Workspaces:
             LayerShapError: the model or the text cannot be used.
         """
         loaded = self._model(model, progress)
+        key = (loaded.info, text, players)
+        with self._lock:
+            if key in self._opened:
+                self._opened.move_to_end(key)
+                return self._opened[key]
         progress("Reading the text", None)
         blocks = text.read(loaded)
-        return Workspace(
+        workspace = Workspace(
             loaded,
             blocks,
             LayerGame(loaded, blocks.calibration, players=players),
             LayerGame(loaded, blocks.held_out, players=players),
             text,
         )
+        if text.source == BUNDLED:
+            with self._lock:
+                self._opened[key] = workspace
+                while len(self._opened) > MAX_WORKSPACES:
+                    self._opened.popitem(last=False)
+        return workspace
 
     def _model(self, choice: ModelChoice, progress: Progress) -> LayeredModel:
         with self._lock:
             if choice not in self._models:
                 while len(self._models) >= MAX_MODELS:
-                    self._models.popitem(last=False)
+                    _, gone = self._models.popitem(last=False)
+                    for key in [k for k, w in self._opened.items() if w.model is gone]:
+                        del self._opened[key]
                 self._models[choice] = load_pruned(
                     choice.source,
                     revision=choice.revision,
