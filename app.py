@@ -5,6 +5,9 @@ import sys
 
 # Before Gradio is imported: nothing is sent anywhere.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+# Gradio sums up all events it remembers after each one; by default that is ten thousand.
+os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "200")
+os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "100")
 # Before PyTorch is: requests run in many threads, each with its own OpenMP team, and idle teams
 # that spin take the cores from the one that works.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -17,11 +17,13 @@ from core.players import PlayerKind
 from core.pruning import load_pruned
 from core.resources import Resources, measure_resources
 from core.study import TextInfo
-from core.text import TextBlocks, load_text, training_blocks
+from core.text import BUNDLED, TextBlocks, load_text, training_blocks
 from ui.zero_gpu import ZeroGpuEvaluator, announce
 
-# Loaded models kept in memory; the least recently used goes first.
+# Loaded models, and the games of each on bundled text, kept in memory; the least recently used go
+# first.
 MAX_MODELS = 2
+MAX_WORKSPACES = 8
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ class Workspace:
 
 
 class Workspaces:
-    """Opens workspaces; models are loaded once and shared between visitors.
+    """Opens workspaces; models are loaded once and shared between visitors, and so is the whole
+    workspace where the text cannot change.
 
     With `zero_gpu` models stay on the CPU, and masks are evaluated on a GPU that ZeroGPU lends.
     """
@@ -110,6 +113,7 @@ class Workspaces:
         if zero_gpu:
             announce()
         self._models: OrderedDict[ModelChoice, LayeredModel] = OrderedDict()
+        self._opened: OrderedDict[tuple, Workspace] = OrderedDict()
         self._lock = threading.Lock()
 
     def open(
@@ -126,6 +130,11 @@ class Workspaces:
         """
         lent = self._zero_gpu and model.device == "auto"
         loaded = self.model(model, progress)
+        key = (loaded.info, text, players, lent)
+        with self._lock:
+            if key in self._opened:
+                self._opened.move_to_end(key)
+                return self._opened[key]
         progress("Reading the text", None)
         blocks = text.read(loaded)
         evaluator = ZeroGpuEvaluator if lent else Evaluator
@@ -138,7 +147,13 @@ class Workspaces:
             )
             for tokens in (blocks.calibration, blocks.held_out)
         )
-        return Workspace(loaded, blocks, calibration, held_out, text)
+        workspace = Workspace(loaded, blocks, calibration, held_out, text)
+        if text.source == BUNDLED:
+            with self._lock:
+                self._opened[key] = workspace
+                while len(self._opened) > MAX_WORKSPACES:
+                    self._opened.popitem(last=False)
+        return workspace
 
     def model(self, choice: ModelChoice, progress: Progress) -> LayeredModel:
         """A model alone; loaded if it is not yet.
@@ -151,7 +166,9 @@ class Workspaces:
         with self._lock:
             if choice not in self._models:
                 while len(self._models) >= MAX_MODELS:
-                    self._models.popitem(last=False)
+                    _, gone = self._models.popitem(last=False)
+                    for key in [k for k, w in self._opened.items() if w.model is gone]:
+                        del self._opened[key]
                 self._models[choice] = load_pruned(
                     choice.source,
                     revision=choice.revision,

@@ -30,7 +30,7 @@ import psutil
 from gradio_client import Client, handle_file
 
 ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 180
+START_SECONDS, PATIENCE_SECONDS = 180, 300
 # Of a visitor's actions; the rest are clicks, which answer without the model.
 SHARES = {"compare": 0.03, "export": 0.12, "pair": 0.05}
 THINKING_SECONDS = (0.5, 2.0)
@@ -113,7 +113,7 @@ def _drive(options: argparse.Namespace, address: str, server: psutil.Process) ->
     warm_up.timed(first, "export")
     if warm_up.errors:
         raise SystemExit(f"The warm-up failed: {warm_up.errors[0]}")
-    clients = [first, *(Client(address, verbose=False) for _ in range(options.users - 1))]
+    clients = [first, *(_client(address) for _ in range(options.users - 1))]
     arrival = Record()
     _together([partial(_load, arrival, client, options) for client in clients[1:]])
     print(f"{options.users} visitors, {options.model} model, {n} layers; loading, all at once:")
@@ -184,11 +184,15 @@ def _load(record: Record, client: Client, options: argparse.Namespace) -> Any:
     )
 
 
+def _client(address: str) -> Client:
+    return Client(address, verbose=False, httpx_kwargs={"timeout": PATIENCE_SECONDS})
+
+
 def _first_client(address: str) -> Client:
     end = time.monotonic() + START_SECONDS
     while True:
         try:
-            return Client(address, verbose=False)
+            return _client(address)
         except Exception as error:
             if time.monotonic() > end:
                 raise SystemExit("The dashboard did not start.") from error
