@@ -299,7 +299,7 @@ def test_the_dashboard_measures_the_selected_cut(loaded, tasks_folder):
     asked = {"tasks": [], "others": "tiny_norm", "folder": str(tasks_folder)}
     status, figure, table = loaded.predict(questions=7, **asked, api_name="/accuracy")
     assert said(status) == "Done: 1 task measured; layers dropped: 2, 5."
-    assert json.loads(figure["plot"])["data"][2]["name"] == "pruned model"
+    assert json.loads(figure)["data"][2]["name"] == "pruned model"
     [row] = table["data"]
     assert row[:2] == ["tiny_norm", "acc_norm"]
     assert row[-1] == "7"
@@ -341,4 +341,4 @@ def test_nothing_is_measured_before_a_model_is_loaded(address):  # noqa: F811
     answer = visitor.predict(
         tasks=["piqa"], questions=5, others="", folder="", api_name="/accuracy"
     )
-    assert "Load a model first" in said(answer)
+    assert "needs the model itself" in said(answer)

@@ -51,7 +51,7 @@ def test_a_cut_is_healed_saved_and_pushed(loaded, cache, monkeypatch):
     assert "Held-out perplexity" in table
     assert "…" not in table
     assert "Without 2, 5" in table
-    training, apart, best = json.loads(figure["plot"])["data"]
+    training, apart, best = json.loads(figure)["data"]
     assert training["name"] == "training text"
     assert apart["name"] == "blocks set apart"
     assert best["name"] == "best so far"
