@@ -33,4 +33,6 @@ if [ -z "$LAYERSHAP_CHROMIUM" ]; then
 fi
 export LAYERSHAP_CHROMIUM
 
-python -m pytest "$@"
+# Two at a time, a file's tests together, each with one thread: most of them are small models.
+export OMP_NUM_THREADS=1
+python -m pytest --numprocesses 2 --dist loadfile "$@"
