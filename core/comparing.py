@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.analysis import Analysis
-from core.footprint import footprint
+from core.footprint import Footprint, footprint
 from core.game import LayerGame
 from core.masks import dropped_players
 from core.pruning import prune
@@ -18,10 +18,12 @@ def compare_cut(
     held_out: LayerGame,
     keep: NDArray[np.bool_],
     analysis: Analysis | None = None,
+    sizes: tuple[Footprint, Footprint] | None = None,
 ) -> Comparison:
     """Measure one mask, bool [players], against the full model, through the cache.
 
     With an analysis the comparison also holds what its surrogate predicts for the calibration text.
+    `sizes` are the full and the pruned model's, where they are known already.
 
     Raises:
         LayerShapError: no layers are kept, or the mask has another shape.
@@ -31,6 +33,8 @@ def compare_cut(
         predicted, low, high = (float(value[0]) for value in analysis.predict_perplexity(keep))
     full, pruned = full_and_pruned(calibration, keep)
     held_out_full, held_out_pruned = full_and_pruned(held_out, keep)
+    if sizes is None:
+        sizes = footprint(calibration.model), footprint(prune(calibration.model, keep))
     return Comparison(
         dropped=dropped_players(keep),
         predicted=predicted,
@@ -40,8 +44,8 @@ def compare_cut(
         calibration_pruned=pruned,
         held_out_full=held_out_full,
         held_out_pruned=held_out_pruned,
-        parameters_full=footprint(calibration.model).parameters,
-        parameters_pruned=footprint(prune(calibration.model, keep)).parameters,
+        parameters_full=sizes[0].parameters,
+        parameters_pruned=sizes[1].parameters,
     )
 
 

@@ -32,6 +32,7 @@ from ui.setup_view import whole
 from ui.status import guarded, news, progress_bar, streamed
 from ui.strip import strip_selection
 from ui.target_view import TargetView, search_target, summary, target_view
+from ui.workspace import CutCosts
 
 NOTHING_TRIED = "Drop some layers and press Measure: every set you try appears here."
 PROMPT = "The first thing a new government should do is"
@@ -279,9 +280,15 @@ class PruneHandlers:
             self._status: progress_bar("Measuring held-out perplexity", 0.4),
         }
         held_out = full_and_pruned(workspace.held_out, keep)
-        pruned = prune(workspace.model, keep)
-        sizes = footprint(workspace.model), footprint(pruned)
-        compared = compare_cut(workspace.calibration, workspace.held_out, keep, session.analysis)
+        recent = workspace.recent.get(keep)
+        if recent is None:
+            pruned = prune(workspace.model, keep)
+            sizes = footprint(workspace.model), footprint(pruned)
+        else:
+            sizes = recent.sizes
+        compared = compare_cut(
+            workspace.calibration, workspace.held_out, keep, session.analysis, sizes
+        )
         tried = with_comparison(tried, compared)
         partly = MeasuredFigures(calibration, held_out, sizes)
         yield {
@@ -289,11 +296,14 @@ class PruneHandlers:
             self._view.figures: partly.table(),
             self._status: progress_bar("Timing both models", 0.7),
         }
-        full_speed, pruned_speed = measure_speeds((workspace.model, pruned))
+        if recent is None:
+            full_speed, pruned_speed = measure_speeds((workspace.model, pruned))
+            recent = CutCosts(sizes, (full_speed, pruned_speed))
+            workspace.recent.put(keep, recent)
         yield {
             self._tried: tried,
             self._view.figures: MeasuredFigures(
-                calibration, held_out, sizes, (full_speed, pruned_speed)
+                calibration, held_out, sizes, recent.speeds
             ).table(),
             self._status: news("Measured. The set is in the list of sets tried."),
             **self._view.draw_tried(tried, session.players),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import LongTensor
 
 from core.errors import LayerShapError
 from core.evaluation import Evaluator
+from core.footprint import Footprint, Speed
 from core.game import LayerGame
 from core.models import LayeredModel, Progress
 from core.players import PlayerKind
@@ -24,6 +29,7 @@ from ui.zero_gpu import ZeroGpuEvaluator, announce
 # first.
 MAX_MODELS = 2
 MAX_WORKSPACES = 8
+RECENT_SECONDS, MAX_RECENT = 600.0, 64
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,35 @@ class TextChoice:
 
 
 @dataclass(frozen=True)
+class CutCosts:
+    """What a cut takes, full and pruned: sizes and measured speeds."""
+
+    sizes: tuple[Footprint, Footprint]
+    speeds: tuple[Speed, Speed]
+
+
+class RecentCosts:
+    """What cuts took that were measured in the last minutes: visitors who ask for the same one need
+    not wait for it to be built and timed again."""
+
+    def __init__(self) -> None:
+        self._costs: OrderedDict[bytes, tuple[float, CutCosts]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, keep: NDArray[np.bool_]) -> CutCosts | None:
+        with self._lock:
+            measured, costs = self._costs.get(keep.tobytes(), (-math.inf, None))
+        return costs if time.monotonic() - measured < RECENT_SECONDS else None
+
+    def put(self, keep: NDArray[np.bool_], costs: CutCosts) -> None:
+        with self._lock:
+            self._costs[keep.tobytes()] = (time.monotonic(), costs)
+            self._costs.move_to_end(keep.tobytes())
+            while len(self._costs) > MAX_RECENT:
+                self._costs.popitem(last=False)
+
+
+@dataclass(frozen=True)
 class Workspace:
     """A loaded model with its calibration and held-out games."""
 
@@ -71,6 +106,7 @@ class Workspace:
     calibration: LayerGame
     held_out: LayerGame
     text_choice: TextChoice
+    recent: RecentCosts = field(default_factory=RecentCosts, compare=False)
 
     @cached_property
     def resources(self) -> Resources:

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS, PATIENCE_SECONDS = 180, 300
 # Of a visitor's actions; the rest are clicks, which answer without the model.
 SHARES = {"compare": 0.03, "export": 0.12, "pair": 0.05}
-THINKING_SECONDS = (0.5, 2.0)
+THINKING_SECONDS = (1.0, 5.0)
 
 
 class Record:
