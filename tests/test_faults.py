@@ -12,7 +12,9 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 
 import diskcache
 import pytest
@@ -30,7 +32,12 @@ from core.masks import all_masks
 from core.models import describe, load_model
 from core.study import Study, TextInfo
 from core.text import TextBlocks
+from ui.session import Session, StopSignals
+from ui.settings import AppSettings
+from ui.setup_view import analyse_handler
 from ui.status import guarded
+from ui.study_view import cache_line
+from ui.workspace import TextChoice, Workspace
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -355,10 +362,8 @@ def test_a_folder_that_cannot_be_made_leaves_the_analysis_as_it_would_have_been(
     game.cache = EvaluationCache(blocked(tmp_path))
     assert studied(game) == undisturbed
     assert "(Not a directory)" in game.cache.notice
-    again = game.evaluator.losses
     game.evaluator.losses = lambda masks: pytest.fail("measured again")
     assert studied(game) == undisturbed
-    game.evaluator.losses = again
 
 
 def test_a_disk_that_fills_up_leaves_the_analysis_as_it_would_have_been(
@@ -374,6 +379,25 @@ def test_a_disk_that_fills_up_leaves_the_analysis_as_it_would_have_been(
     assert studied(game, on_progress=fill) == undisturbed
     assert "disk is full" in game.cache.notice
     assert 11 <= len(stored(tmp_path / "cache")) < 41
+
+
+def test_the_dashboard_says_that_nothing_is_kept_on_disk(
+    model, tmp_path, isolated_cache, monkeypatch
+):
+    monkeypatch.setenv("LAYERSHAP_CACHE", str(blocked(tmp_path)))
+    game = LayerGame(model, TOKENS)
+    workspace = Workspace(model, TEXT, game, game, TextChoice())
+    settings = AppSettings()
+    analyse = analyse_handler(settings, StopSignals(), "session", "status", "strip", lambda *_: {})
+    visitor = SimpleNamespace(session_hash="visitor")
+    chosen = (40, "", "ratio", "auto", 0, "", "", visitor)
+    *_, last = analyse(Session.of_workspace(workspace), *chosen)
+    notice = escape(game.cache.notice)
+    assert last["status"] == (
+        f'<p class="ls-alert" role="alert">Done: 40 masks measured. {notice}</p>'
+    )
+    assert "kept in memory" in notice
+    assert notice in cache_line()
 
 
 @contextmanager
