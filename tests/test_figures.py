@@ -29,7 +29,15 @@ from ui.figures import (
     surrogate_scatter,
 )
 from ui.figures.interactions import strongest_pairs
-from ui.figures.style import layer_ticks, log_ticks, number, root_scale, signed_root
+from ui.figures.style import (
+    layer_ticks,
+    log_axis,
+    log_ticks,
+    number,
+    player_ticks,
+    root_scale,
+    signed_root,
+)
 
 SIX_LAYERS = Resources(Players("blocks", 6), np.full(6, 0.15), np.full(6, 1 / 6), np.full(6, 0.1))
 
@@ -84,6 +92,43 @@ def test_colour_ticks_name_true_values():
     assert ticks["0.5"] == pytest.approx(np.sqrt(0.5)) == pytest.approx(scale["zmax"])
     assert signed_root(-0.25) == -0.5
     assert number(-0.12345) == "−0.123"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (999.4, "999"),
+        (1234.5, "1,230"),
+        (26_102, "26,100"),
+        (1e6, "10⁶"),
+        (-2.5e7, "−2.5 × 10⁷"),
+        (0.00002, "2 × 10⁻⁵"),
+        (0.0, "0"),
+    ],
+)
+def test_numbers_are_written_without_an_exponent_or_with_a_power_of_ten(value, shown):
+    assert number(value) == shown
+
+
+def test_a_logarithmic_axis_holds_its_values_with_few_labels():
+    axis = log_axis([42.0, 26_000.0])
+    assert axis["range"][0] < np.log10(42) < np.log10(26_000) < axis["range"][1]
+    assert axis["ticktext"] == ["30", "100", "300", "1,000", "3,000", "10,000", "30,000"]
+    assert len(log_ticks(1, 1e9)) <= 7
+
+
+def test_of_parts_only_whole_layers_are_labelled():
+    ticks = player_ticks(Players("sub-blocks", 30))
+    assert all(label.endswith("a") for label in ticks["ticktext"])
+    assert ticks["tickvals"][1] == 2 * int(ticks["ticktext"][1][:-1])
+
+
+def test_arcs_that_could_be_chance_are_dotted():
+    given = interactions(12)
+    clear = np.abs(strongest_pairs(given, 12)["interaction"]) >= 2 * 0.05
+    arcs = interaction_graph(given, strongest=12).data[:12]
+    assert [arc.line.dash == "solid" for arc in arcs] == clear.tolist()
+    assert clear.sum() > 0
 
 
 def test_the_interaction_heatmap_is_symmetric_with_a_blank_diagonal():

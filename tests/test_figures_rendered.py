@@ -28,7 +28,7 @@ from ui.figures import (
     pair_utilities,
     surrogate_scatter,
 )
-from ui.figures.methods import AXES
+from ui.figures.methods import AXES, BY_DEPTH
 
 pytestmark = pytest.mark.browser
 
@@ -126,7 +126,7 @@ def figures(kind):
         drawn["all sizes"] = contribution_heatmap(made_up.contributions(thirty, 30), thirty)
         return drawn
     if kind == "scatter":
-        drawn = {name: surrogate_scatter(made_up.analysis(p)) for name, p in layers}
+        drawn = {name: surrogate_scatter(made_up.analysis(p)) for name, p in list(layers)[2:]}
         for decades in (0.1, 1, 3):
             analysis = made_up.analysis(PLAYERS["12 layers"], decades)
             drawn[f"{decades} decades"] = surrogate_scatter(analysis)
@@ -154,7 +154,8 @@ def figures(kind):
     compared = {name: made_up.methods(p, depths[name]) for name, p in layers}
     if kind == "methods":
         drawn = {name: methods_chart(comparison) for name, comparison in compared.items()}
-        return drawn | {axis: methods_chart(compared["30 layers"], axis) for axis in AXES}
+        others = [axis for axis in AXES if axis != BY_DEPTH]
+        return drawn | {axis: methods_chart(compared["30 layers"], axis) for axis in others}
     drawing = {"map": methods_map, "cost": methods_cost, "agreement": agreement_heatmap}[kind]
     if kind == "agreement":  # the same for any number of layers
         del compared["12 layers"], compared["80 layers"], compared["126 layers"]

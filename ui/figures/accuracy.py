@@ -68,7 +68,7 @@ def accuracy_chart(results: Sequence[TaskAccuracy]) -> go.Figure:
             text=hover,
             hovertemplate="%{text}<extra></extra>",
         )
-    figure.update_layout(showlegend=True, legend=LEGEND)
+    figure.update_layout(showlegend=True, legend={**LEGEND, "itemsizing": "constant"})
     figure.update_xaxes(range=[0, 1.02], tickformat=".0%", dtick=0.25)
     figure.update_yaxes(
         tickvals=list(rows),

@@ -78,7 +78,6 @@ LEGEND = {
     "yref": "container",
     "y": 1,
     "yanchor": "top",
-    "itemsizing": "constant",
     # As many rows as a narrow screen needs; never a scroll bar.
     "maxheight": 1,
     "font": {"size": 11},
