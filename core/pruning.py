@@ -115,6 +115,7 @@ def prune(model: LayeredModel, keep: ArrayLike) -> LayeredModel:
             block_parameters=tuple(map(count_parameters, counted.get_submodule(model.stack.path))),
             fingerprint=_fingerprint(model.info, cut),
         ),
+        model.mixes_rows,
     )
 
 
