@@ -309,6 +309,8 @@ def _plan(model: LayeredModel, tokens: Tensor, depth: int, budget: int, group: i
     row_bytes = length * model.stack.state_bytes
     # Worst case for one mask alone: a distinct state after every player, and one step in flight.
     rows = max(1, min(blocks, budget // (row_bytes * (depth + 4))))
+    if model.mixes_rows:
+        group = 1
     group = group or max(1, STEP_TOKENS.get(kind, 4096) // (rows * length))
     capacity = int(budget * (1 - HEAD_SHARE)) // (row_bytes * rows) - depth - 4 * group
     chunk = 1 if group == 1 else max(1, min(CHUNK_GROUPS * group, capacity // 2))

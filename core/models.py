@@ -46,8 +46,6 @@ _REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 GPU_RESERVE = 0.2
 # Roundings of the largest logit by which a prediction may move when only later tokens change.
 CAUSAL_ROUNDINGS = 8
-# Eight bits are chosen for a whole text at once, so what comes later moves the last of them.
-QUANTIZED_ROUNDING = 2**-8
 
 
 @dataclass(frozen=True)
@@ -82,12 +80,17 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class LayeredModel:
-    """A causal LM, its tokenizer and its decoder blocks in order."""
+    """A causal LM, its tokenizer and its decoder blocks in order.
+
+    `mixes_rows` says that a text's predictions depend on what else is in the batch, as those of
+    some quantized models do.
+    """
 
     module: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     stack: BlockStack
     info: ModelInfo
+    mixes_rows: bool = False
 
     @property
     def location(self) -> str:
@@ -229,7 +232,7 @@ def describe(
     module.eval()
     _disable_rescaling(module)
     stack = find_blocks(module)
-    _check_causal(module)
+    mixes_rows = _check_causal(module)
     config = module.config.get_text_config()
     first = next(module.parameters())
     counted = counted_module(module)
@@ -249,7 +252,7 @@ def describe(
         quantization=quantization_name(module.config),
         tower_parameters=_tower_parameters(counted, stack.path),
     )
-    model = LayeredModel(module, tokenizer, stack, info)
+    model = LayeredModel(module, tokenizer, stack, info, mixes_rows)
     check_skipping(model)
     return model
 
@@ -503,23 +506,34 @@ def _disable_rescaling(module: nn.Module) -> None:
 
 
 @torch.inference_mode()
-def _check_causal(module: PreTrainedModel) -> None:
-    """Refuse a model whose predictions look at tokens to come, such as BERT's."""
-    tokens = torch.arange(2 * PROBE_TOKENS, device=module.get_input_embeddings().weight.device)
-    changed = tokens.clone()
-    changed[PROBE_TOKENS:] = tokens[:PROBE_TOKENS]
-    first, second = (
-        module(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :PROBE_TOKENS].float()
-        for ids in (tokens, changed)
-    )
-    rounding = torch.finfo(module.dtype).eps
+def _check_causal(module: PreTrainedModel) -> bool:
+    """Refuse a model whose predictions look at tokens to come, such as BERT's.
+
+    Returns whether what else is in a batch moves a text's predictions.
+    """
+    device = module.get_input_embeddings().weight.device
+    tokens = torch.arange(2 * PROBE_TOKENS, device=device)
+    changed = torch.cat([tokens[:PROBE_TOKENS]] * 2)
+
+    def first_row(*rows: Tensor) -> Tensor:
+        return module(input_ids=torch.stack(rows), use_cache=False).logits[0].float()
+
+    whole = first_row(tokens)
+    moved = (whole - first_row(changed))[:PROBE_TOKENS].abs().max()
+    allowed = CAUSAL_ROUNDINGS * torch.finfo(module.dtype).eps * whole[:PROBE_TOKENS].abs().max()
+    mixes = False
     if quantization_name(module.config):
-        rounding = max(rounding, QUANTIZED_ROUNDING)
-    if (first - second).abs().max() > CAUSAL_ROUNDINGS * rounding * first.abs().max():
+        # Some choose how to round for a whole batch at once: the text to come may matter no more
+        # than another row does.
+        other = (first_row(tokens, tokens) - first_row(tokens, changed)).abs().max()
+        mixes = bool(other > allowed)
+        allowed = max(allowed, CAUSAL_ROUNDINGS * other)
+    if moved > allowed:
         raise LayerShapError(
             f"{type(module).__name__} looks at the words to come, so it is not a causal language "
             "model; choose a decoder-only model such as Llama, Qwen or Mistral."
         )
+    return mixes
 
 
 def _digest(name: str, tensor: Tensor) -> bytes:

@@ -37,7 +37,7 @@ from core.game import check_masks
 from core.masks import dropped_players, leave_out, mask_key
 from core.models import LayeredModel, ModelInfo, auto_class, count_parameters, load_model
 from core.players import ATTENTION, BRANCH_NAMES, MLP, Players, players_of_mask
-from core.quantization import check_saving, counted_module, quantization_settings
+from core.quantization import check_packing, counted_module, quantization_settings
 from core.sub_blocks import Branches, Silenced
 
 # Names under which blocks and their parts remember their own position.
@@ -62,6 +62,11 @@ DEPTH_NAMES = (
 USAGE_NAMES = ("training", "gradient_checkpointing")
 PROVENANCE_FILE = "layershap.json"
 MAX_PROMPT_CHARACTERS = 50_000
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 
 
 def prune(model: LayeredModel, keep: ArrayLike) -> LayeredModel:
@@ -111,6 +116,7 @@ def prune(model: LayeredModel, keep: ArrayLike) -> LayeredModel:
             block_parameters=tuple(map(count_parameters, counted.get_submodule(model.stack.path))),
             fingerprint=_fingerprint(model.info, cut),
         ),
+        model.mixes_rows,
     )
 
 
@@ -163,8 +169,29 @@ def save_pruned(
     """
     pruned = prune(model, keep)
     whole = _Cut.of(model, keep).whole
-    check_saving(pruned.module, model.stack.path)
-    if not whole and model.info.quantization:
+    check_saving(pruned)
+    # mergekit knows layers of text models.
+    known = whole and not model.info.tower_parameters
+    recipe = mergekit_yaml(model.info, keep, origin(model).location) if known else None
+    card = model_card(
+        model,
+        pruned,
+        _one_mask(keep, model.n_layers),
+        measured=measured,
+        recipe=recipe,
+    )
+    return write_model(pruned, folder, provenance(model, keep), card, progress)
+
+
+def check_saving(pruned: LayeredModel) -> None:
+    """Refuse to save a pruned model that could not be read back as it is.
+
+    Raises:
+        LayerShapError: it could not.
+    """
+    check_packing(pruned.module, pruned.stack.path)
+    silenced = any(isinstance(part, Silenced) for part in pruned.module.modules())
+    if silenced and pruned.info.quantization:
         raise LayerShapError(
             "Quantized weights cannot be made zero, which a saved model needs where a part of a "
             "layer is dropped; drop whole layers, or cut the unquantized model."
@@ -174,15 +201,6 @@ def save_pruned(
             f"transformers cannot read a {type(pruned.module).__name__} by itself, so this cut "
             "cannot be saved; its measured perplexity still holds."
         )
-    recipe = mergekit_yaml(model.info, keep, origin(model).location) if whole else None
-    card = model_card(
-        model,
-        pruned,
-        _one_mask(keep, model.n_layers),
-        measured=measured,
-        recipe=recipe,
-    )
-    return write_model(pruned, folder, provenance(model, keep), card, progress)
 
 
 def write_model(
@@ -212,6 +230,7 @@ def write_model(
             )
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(made)
+            _copy_processors(Path(model.module.name_or_path), made)
             (made / PROVENANCE_FILE).write_text(json.dumps(made_by, indent=1), encoding="utf-8")
             (made / CARD_FILE).write_text(card, encoding="utf-8")
             if folder.exists():
@@ -225,6 +244,13 @@ def write_model(
         ) from error
     report("Saved", 1.0)
     return folder
+
+
+def _copy_processors(source: Path, made: Path) -> None:
+    """Take along what prepares images and sound for a model's towers, which a cut leaves as is."""
+    for name in PROCESSOR_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, made / name)
 
 
 def mergekit_yaml(info: ModelInfo, keep: ArrayLike, location: str | None = None) -> str:

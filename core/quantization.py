@@ -67,15 +67,15 @@ def counted_module(module: PreTrainedModel) -> nn.Module:
         return type(module)(config)
 
 
-def check_saving(module: PreTrainedModel, path: str) -> None:
-    """Refuse to write what would not be read back as it is.
+def check_packing(module: PreTrainedModel, path: str) -> None:
+    """Refuse to write packed weights that would not be read back as they are.
 
     Args:
         module: the pruned model.
         path: where its blocks are.
 
     Raises:
-        LayerShapError: its packing cannot be written, or names layers by their old numbers.
+        LayerShapError: the packing cannot be written, or names layers by their old numbers.
     """
     settings = quantization_settings(module.config)
     if settings is None:

@@ -66,7 +66,10 @@ DELTA = {
 }
 UNSHARED = {"num_kv_shared_layers": 0}
 GEMMA_INPUTS = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
-AUDIO = {"codebook_size": 16, "num_filters": 4, "hidden_size": 16, "num_quantizers": 4}
+DRAFTS = {
+    "backbone_hidden_size": 32,
+    "text_config": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+}
 # What a family needs besides, by the type that its configuration states.
 QUIRKS: dict[str, dict[str, Any]] = {
     "axk1": {"first_k_dense_replace": 1},
@@ -96,11 +99,12 @@ QUIRKS: dict[str, dict[str, Any]] = {
         "swa_head_dim": 16,
         "swa_v_head_dim": 8,
     },
+    "dots3_note": {"vision_config": {"pyramid_num_routed": [0, 0, 2, 2]}},
     "falcon_h1": {**MAMBA2, "mamba_d_ssm": 64},
     "gemma3n_text": {**GEMMA_INPUTS, **UNSHARED, "laurel_rank": 8},
-    "gemma4_assistant": {"backbone_hidden_size": 32},
+    "gemma4_assistant": DRAFTS,
     "gemma4_text": GEMMA_INPUTS,
-    "gemma4_unified_assistant": {"backbone_hidden_size": 32},
+    "gemma4_unified_assistant": DRAFTS,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {**MAMBA2, "layer_types": ["mamba", "attention"] * 2},
@@ -125,6 +129,13 @@ QUIRKS: dict[str, dict[str, Any]] = {
         "n_groups": 2,
         "ssm_state_size": 8,
         "moe_shared_expert_intermediate_size": 24,
+    },
+    "qwen2_5_vl_text": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [2, 1, 1],
+        }
     },
     "qwen4_exp_text": {
         **DELTA,
@@ -175,14 +186,14 @@ QUIRKS: dict[str, dict[str, Any]] = {
         DELTA,
     ),
 }
-# Families whose attention compresses keys and values have as many of them as queries.
-COMPRESSED = ("kv_lora_rank",)
 
 
 def small(kind: type[PreTrainedConfig], sizes: dict[str, Any], **changes: Any) -> PreTrainedConfig:
     """A configuration of this class with small sizes, its parts' configurations included."""
     names = {field.name for field in dataclasses.fields(kind)}
+    changes = {**QUIRKS.get(kind.model_type, {}), **changes}
     settings = {name: value for name, value in sizes.items() if name in names}
+    # Families that compress keys and values have as many of them as queries.
     if "kv_lora_rank" in names:
         settings["num_key_value_heads"] = 4
     for name, spec in kind.sub_configs_defaults.items():
@@ -190,8 +201,8 @@ def small(kind: type[PreTrainedConfig], sizes: dict[str, Any], **changes: Any) -
             continue
         part = spec.config_class if spec.model_type is None else CONFIG_MAPPING[spec.model_type]
         part_sizes = SIZES if name in ("text_config", "decoder") else TOWER_SIZES
-        settings[name] = small(part, part_sizes, **QUIRKS.get(part.model_type, {}))
-    return kind(**{**settings, **QUIRKS.get(kind.model_type, {}), **changes})
+        settings[name] = small(part, part_sizes, **changes.pop(name, {}))
+    return kind(**{**settings, **changes})
 
 
 def configuration(family: str) -> PreTrainedConfig:
