@@ -54,7 +54,10 @@ class AccuracyView:
     def draw(self, results: tuple[TaskAccuracy, ...] = ()) -> dict[Any, Any]:
         """Updates that show the tasks measured so far, or what to do to see one."""
         if not results:
-            return {self.chart: empty_figure(NOTHING_YET), self.table: []}
+            return {
+                self.chart: empty_figure(NOTHING_YET),
+                self.table: gr.update(value=[], visible=False),
+            }
         rows = [
             [
                 result.label,
@@ -66,7 +69,10 @@ class AccuracyView:
             ]
             for result in results
         ]
-        return {self.chart: accuracy_chart(results), self.table: rows}
+        return {
+            self.chart: accuracy_chart(results),
+            self.table: gr.update(value=rows, visible=True),
+        }
 
 
 def accuracy_view(settings: AppSettings) -> AccuracyView:
@@ -110,6 +116,7 @@ def accuracy_view(settings: AppSettings) -> AccuracyView:
         headers=COLUMNS,
         label="Accuracy ± standard error",
         interactive=False,
+        visible=False,
         max_height=320,
         elem_id="accuracy-table",
     )

@@ -73,7 +73,10 @@ class PruneView:
     def draw_tried(self, tried: tuple[Comparison, ...], players: Players) -> dict[Any, Any]:
         """Updates that show every set tried."""
         if not tried:
-            return {self.chart: empty_figure(NOTHING_TRIED), self.tried: []}
+            return {
+                self.chart: empty_figure(NOTHING_TRIED),
+                self.tried: gr.update(value=[], visible=False),
+            }
         rows = [
             [
                 len(c.dropped),
@@ -85,7 +88,10 @@ class PruneView:
             ]
             for c in sorted(tried, key=lambda c: (len(c.dropped), c.held_out_pruned))
         ]
-        return {self.chart: comparison_chart(tried, players), self.tried: rows}
+        return {
+            self.chart: comparison_chart(tried, players),
+            self.tried: gr.update(value=rows, visible=True),
+        }
 
 
 def prune_view() -> PruneView:
@@ -120,6 +126,7 @@ def prune_view() -> PruneView:
                 headers=TRIED_COLUMNS,
                 label="Perplexities of the sets tried",
                 interactive=False,
+                visible=False,
                 max_height=240,
                 elem_id="tried",
             )
@@ -149,6 +156,7 @@ def prune_view() -> PruneView:
                 lines=4,
                 max_lines=14,
                 interactive=False,
+                buttons=["copy"],
                 elem_id="recipe",
             )
     return PruneView(
