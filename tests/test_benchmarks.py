@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import WORDS
+
 FOLDER = Path(__file__).parent / "benchmarks"
 
 
@@ -79,6 +81,20 @@ def test_small_model(tmp_path):
         *("--methods", "LayerShap search", "Last layers"),
     )
     assert "Last layers" in printed
+
+
+def test_load(tiny_folder, tmp_path):
+    text = tmp_path / "book.txt"
+    text.write_text(" ".join(WORDS * 60))
+    printed = run(
+        "load.py",
+        *("--users", 4, "--seconds", 6, "--model", tiny_folder, "--text", text),
+        *("--evaluations", 12, "--block-length", 16),
+    )
+    assert printed.count("errors: 0; answers mixed up: 0") == 2
+    assert "tracebacks in the server's log: 0" in printed
+    for words in ("select", "analyze", "calls, ", "memory start", "memory end"):
+        assert words in printed
 
 
 def test_optimality(tiny_folder, tmp_path):
