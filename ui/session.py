@@ -41,6 +41,10 @@ class Session:
     origin: Study | None = None
     study_id: str | None = None
 
+    def __deepcopy__(self, memo: dict) -> Session:
+        """Gradio gives every visitor a copy of a state; nothing here ever changes."""
+        return self
+
     @classmethod
     def of_workspace(cls, workspace: Workspace) -> Session:
         return cls(workspace=workspace, model=workspace.model.info, text=workspace.text_info)
