@@ -300,7 +300,7 @@ def test_the_dashboard_measures_the_selected_cut(loaded, tasks_folder):
     status, figure, table = loaded.predict(questions=7, **asked, api_name="/accuracy")
     assert said(status) == "Done: 1 task measured; layers dropped: 2, 5."
     assert json.loads(figure)["data"][2]["name"] == "pruned model"
-    [row] = table["data"]
+    [row] = table["value"]["data"]
     assert row[:2] == ["tiny_norm", "acc_norm"]
     assert row[-1] == "7"
     assert "±" in row[4]

@@ -116,7 +116,7 @@ def test_fifty_kills_lose_nothing_and_change_nothing(worker, tmp_path):
     kept, grew, early, estimating = {}, 0, 0, 0
     for kill in range(KILLS):
         if kill >= KILLS - 5:
-            at = len(truth) - 1, rng.uniform(0, 80)  # among the estimates
+            at = len(truth) - 1, rng.uniform(0, 20)  # among the estimates
         elif kill % 10 == 9:
             at = 0, rng.uniform(0, 30)  # opening the cache and reading it
         else:

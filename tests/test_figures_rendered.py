@@ -114,7 +114,7 @@ def figures(kind):
     """The figures of one kind, by name, over depths and awkward results."""
     layers = PLAYERS.items()
     if kind == "bars":
-        return {n: contribution_bars(made_up.contributions(p), p, dropped={3}) for n, p in layers}
+        return {n: contribution_bars(made_up.contributions(p), p) for n, p in layers}
     if kind == "bars by depth":
         return {
             name: contribution_bars(made_up.contributions(p), p, sort="depth")
@@ -134,7 +134,7 @@ def figures(kind):
     if kind == "interactions":
         return {name: interaction_heatmap(made_up.interactions(p), p) for name, p in layers}
     if kind == "arcs":
-        return {n: interaction_graph(made_up.interactions(p), p, dropped={5}) for n, p in layers}
+        return {n: interaction_graph(made_up.interactions(p), p) for n, p in layers}
     if kind == "pair":
         return {
             "apart": pair_utilities("3", "9", (1.0, 0.8, 0.7, 0.3)),

@@ -41,7 +41,7 @@ def test_every_picture_and_setting_the_readme_names_exists():
 
 @pytest.mark.bundled
 def test_the_library_example_works_as_written(bundled_model):
-    [example] = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    example, *_ = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     names: dict = {}
     # The example's budget takes minutes; everything else is as a reader would type it.
     exec(example.replace("evaluations=512", "evaluations=40"), names)

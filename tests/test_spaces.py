@@ -286,9 +286,10 @@ def test_no_chunk_takes_longer_than_it_asked_for(lender, opened, monkeypatch, se
             now[0] += seconds * (mask.sum() + 1) * rng.uniform(1, 3)
             yield row, float(mask @ 2 ** np.arange(LAYERS))
 
+    evaluator = opened().calibration.evaluator
     monkeypatch.setattr(Evaluator, "losses", slow)
     masks = np.random.default_rng(1).random((120, LAYERS)) < 0.8
-    found = dict(opened().calibration.evaluator.losses(masks))
+    found = dict(evaluator.losses(masks))
     assert [found[row] for row in range(120)] == list(masks @ 2.0 ** np.arange(LAYERS))
     assert {duration for _, _, duration, _ in lender.calls} == {zero_gpu.LIMIT_SECONDS}
     assert all(took < zero_gpu.LIMIT_SECONDS for _, took, _, _ in lender.calls)

@@ -286,7 +286,7 @@ def test_visitors_do_not_see_each_other(address):
     assert wrong == []
     # What one has loaded or tried is not there for the next.
     stranger = Client(address, verbose=False)
-    assert "Load a model first" in said(stranger.predict(text="", api_name="/compare"))
+    assert "needs the model itself" in said(stranger.predict(text="", api_name="/compare"))
 
 
 def test_failures_tell_nothing_about_the_server(loaded, monkeypatch):

@@ -90,7 +90,7 @@ def test_the_whole_path_from_loading_to_a_saved_cut(loaded, cache):
     assert "Measured" in said(compared)
     assert "Held-out perplexity" in compared[1]
     assert "…" not in compared[1]
-    assert len(compared[3]["data"]) == 1
+    assert len(compared[3]["value"]["data"]) == 1
     full, pruned, _ = loaded.predict(prompt="w1 w2", count=8, api_name="/continue_prompt")
     assert full
     assert pruned

@@ -106,21 +106,22 @@ def chosen_pair(event: gr.SelectData, rows: Any) -> tuple[str, str]:
     return str(row.iloc[0]), str(row.iloc[1])
 
 
-def pressed_pair(session: Session, event: gr.EventData) -> tuple[str, str]:
-    """The labels of the pair that was pressed in a chart.
+def pressed_pair(view: InteractionsView, status: gr.HTML) -> Any:
+    """Handler that names the pair that was pressed in a chart."""
 
-    Raises:
-        LayerShapError: the page sent something else.
-    """
-    pair = event._data.get("pair") if isinstance(event._data, dict) else None
-    players = session.players
-    if not (
-        isinstance(pair, list)
-        and len(pair) == 2
-        and all(type(player) is int and 0 <= player < players.count for player in pair)
-    ):
-        raise LayerShapError("The chart sent something that is not a pair of layers.")
-    return players.label(pair[0]), players.label(pair[1])
+    @guarded(status)
+    def name(session: Session, event: gr.EventData) -> Iterator[dict]:
+        pair = event._data.get("pair") if isinstance(event._data, dict) else None
+        players = session.players
+        if not (
+            isinstance(pair, list)
+            and len(pair) == 2
+            and all(type(player) is int and 0 <= player < players.count for player in pair)
+        ):
+            raise LayerShapError("The chart sent something that is not a pair of layers.")
+        yield {view.first: players.label(pair[0]), view.second: players.label(pair[1])}
+
+    return name
 
 
 def pair_handler(view: InteractionsView, status: gr.HTML) -> Any:

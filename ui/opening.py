@@ -41,14 +41,16 @@ def link_handler(session: gr.State, views: gr.Tabs, status: gr.HTML, show: Any) 
     def follow(current: Session, request: gr.Request) -> Iterator[dict]:
         yield {status: progress_bar(LOADING, None)}
         asked = {name: str(value) for name, value in (request.query_params or {}).items()}
+        restored: dict[Any, Any] = {}
         if view := asked.get("view"):
-            yield {views: gr.Tabs(selected=view)}
+            restored[views] = gr.Tabs(selected=view)
         if study := asked.get("study"):
             current = Session.of_study(shelf.find(study), study)
-            yield {session: current, **show(current, ())}
+            restored |= {session: current, **show(current, ())}
         if drop := asked.get("drop"):
-            dropped = current.players.parse("The address", drop)
-            yield show(current.dropping(dropped), dropped)
+            restored |= show(current, current.players.parse("The address", drop))
+        if restored:
+            yield restored
 
     return follow
 

@@ -189,7 +189,7 @@ def build(settings: AppSettings) -> gr.Blocks:
         ]
 
         def draw_steps(current: Session, sets: tuple[Comparison, ...]) -> list[dict[str, Any]]:
-            return guide_value(current, bool(sets))
+            return guide_value(current, sets != current.comparisons)
 
         def show_steps(event: Any) -> None:
             event.then(draw_steps, [session, tried], steps, **quiet)
@@ -244,7 +244,10 @@ def build(settings: AppSettings) -> gr.Blocks:
             chosen_pair, interactions.pairs, [interactions.first, interactions.second], **quiet
         ).then(**pair, api_visibility="private")
         interactions.picker.select(
-            pressed_pair, session, [interactions.first, interactions.second], **quiet
+            pressed_pair(interactions, status),
+            session,
+            [interactions.first, interactions.second, status],
+            **quiet,
         ).then(**pair, api_visibility="private")
         interactions.measure.click(**pair, api_name="pair")
 

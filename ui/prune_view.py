@@ -60,7 +60,7 @@ class PruneView:
     pruned_text: gr.Textbox
     name: gr.Textbox
     save: gr.Button
-    recipe: gr.Code
+    recipe: gr.Textbox
 
     def draw_selection(self, session: Session) -> dict[Any, Any]:
         """Updates that follow from a changed selection: cheap, so that a click answers at once."""
@@ -150,8 +150,7 @@ def prune_view() -> PruneView:
             )
             save = gr.Button("Save pruned model", elem_id="save")
         with gr.Column(scale=2, min_width=300):
-            recipe = gr.Code(
-                language="yaml",
+            recipe = gr.Textbox(
                 label="mergekit recipe of the same cut",
                 lines=4,
                 max_lines=14,
