@@ -1,4 +1,4 @@
-"""Measure the ready-made study again: `python assets/studies/make.py` (about half an hour on two cores).
+"""Measure the ready-made study again: `python assets/studies/make.py`; half an hour on two cores.
 
 The bundled model with the dashboard's default settings, the methods that need few evaluations
 beside LayerShap's search, and the sets that this search chose, each also measured as a set tried.
