@@ -101,8 +101,19 @@ LayerShap.useDropped(props.dropped);
 """
 
 
+class Strip(gr.HTML):
+    """The strip's own component."""
+
+    # An update of a property sends along the attribute of its name, for which Gradio's component
+    # would answer with the function of an event.
+    dropped: tuple[int, ...] = ()
+
+    def get_block_name(self) -> str:
+        return "html"
+
+
 def layer_strip(session: Session) -> gr.HTML:
-    return gr.HTML(
+    return Strip(
         strip_value(session),
         html_template=TEMPLATE,
         js_on_load=SCRIPT,
