@@ -28,7 +28,7 @@ from core.models import LayeredModel, describe
 from core.study import Study, TextInfo
 from core.text import TextBlocks
 
-LAYERS, EVALUATIONS = 10, 400
+LAYERS, EVALUATIONS = 10, 800
 PATIENCE_SECONDS = 60
 
 

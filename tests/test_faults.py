@@ -120,7 +120,8 @@ def test_fifty_kills_lose_nothing_and_change_nothing(worker, tmp_path):
         elif kill % 10 == 9:
             at = 0, rng.uniform(0, 30)  # opening the cache and reading it
         else:
-            at = len(kept) - 1 + rng.randint(1, 8), rng.uniform(0, 5)  # among the evaluations
+            # Among the evaluations; a fast machine makes a few more in that time.
+            at = min(len(kept) - 1 + rng.randint(1, 8), len(truth) - 2), rng.uniform(0, 2)
         told = worker(folder, out, *at)
         assert told["killed"], told
         assert not out.exists()
