@@ -545,7 +545,9 @@ def _match_description(module: nn.Module, path: str) -> None:
     )
     config = module.config
     try:
-        saved = type(config).from_dict(json.loads(config.to_json_string()))
+        # As it would be read from a file, where transformers marks numbers that JSON does not have.
+        settings = json.loads(config.to_json_string(), object_hook=_marked_number)
+        saved = type(config).from_dict(settings)
         with torch.device("meta"):
             fresh = type(module)(saved)
     except Exception as error:
@@ -566,6 +568,10 @@ def _match_description(module: nn.Module, path: str) -> None:
                 setattr(part, position, wanted[position])
         if _settings(part) != wanted:
             raise LayerShapError(message)
+
+
+def _marked_number(part: dict) -> Any:
+    return float(part["__float__"]) if part.keys() == {"__float__"} else part
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
