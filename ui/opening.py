@@ -42,7 +42,7 @@ def link_handler(session: gr.State, views: gr.Tabs, status: gr.HTML, show: Any) 
         yield {status: progress_bar(LOADING, None)}
         asked = {name: str(value) for name, value in (request.query_params or {}).items()}
         restored: dict[Any, Any] = {}
-        if view := asked.get("view"):
+        if (view := asked.get("view")) in {tab.id for tab in views.children}:
             restored[views] = gr.Tabs(selected=view)
         if study := asked.get("study"):
             current = Session.of_study(shelf.find(study), study)
