@@ -30,7 +30,8 @@ T = TypeVar("T")
 LOCK_TIMEOUT_SECONDS = 10
 # After a failure the disk is left alone for so long before it is tried again.
 RETRY_SECONDS = 30.0
-FAILURES = (OSError, sqlite3.Error, diskcache.Timeout)
+# SQLite's own words can quote bytes that are no text.
+FAILURES = (OSError, sqlite3.Error, diskcache.Timeout, UnicodeDecodeError)
 
 
 class _FloatDisk(diskcache.Disk):
@@ -264,10 +265,8 @@ def _checksum(key: str, loss: float) -> str:
 
 def _check_whole(database: Path) -> None:
     with closing(sqlite3.connect(database, timeout=LOCK_TIMEOUT_SECONDS)) as connection:
-        # What is wrong may quote bytes that are no text.
-        connection.text_factory = bytes
         found = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if found != (b"ok",):
+    if found != ("ok",):
         raise sqlite3.DatabaseError("the database is damaged")
 
 
@@ -293,7 +292,7 @@ def _is_damage(error: BaseException) -> bool:
         # Another layout of tables, or, without a code, text that is none.
         code = getattr(origin, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
         return code & 0xFF == sqlite3.SQLITE_ERROR
-    return isinstance(origin, sqlite3.DatabaseError)
+    return isinstance(origin, sqlite3.DatabaseError | UnicodeDecodeError)
 
 
 _default_lock = threading.Lock()

@@ -173,6 +173,13 @@ def cut(share):
     return lambda database: os.truncate(database, int(database.stat().st_size * share))
 
 
+def no_text(database):
+    """SQLite quotes the schema in its complaint."""
+    data = database.read_bytes()
+    assert data.count(b"CREATE TABLE Cache") == 1
+    database.write_bytes(data.replace(b"CREATE TABLE Cache", b"CREATE \xd2\xe9\xf4LE Cache"))
+
+
 def another_layout(database):
     database.unlink()
     with closing(sqlite3.connect(database)) as connection:
@@ -191,9 +198,10 @@ def another_layout(database):
         overwritten(0, bytes(64)),
         overwritten(0.4, random.Random(0).randbytes(9000)),
         overwritten(0.6, bytes(5000)),
+        no_text,
         another_layout,
     ],
-    ids=["text", "cut-start", "half", "cut-end", "header", "garbage", "zeros", "layout"],
+    ids=["text", "cut-start", "half", "cut-end", "header", "garbage", "zeros", "no-text", "layout"],
 )
 def test_a_damaged_cache_is_set_aside_and_a_new_one_begun(written, tmp_path, damage, caplog):
     folder = tmp_path / "cache"
