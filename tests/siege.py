@@ -175,7 +175,8 @@ def ask(function: Any, payloads: dict[Any, Any]) -> list[dict]:
         values.append(value)
     parameters = inspect.signature(function.fn).parameters
     if "request" in parameters:
-        values.append(SimpleNamespace(session_hash="siege"))
+        asked = {"view": "<script>", "study": "../../etc/passwd", "drop": "13, <b>"}
+        values.append(SimpleNamespace(session_hash="siege", query_params=asked))
     if "event" in parameters:
         values.append(SimpleNamespace(_data=payloads["event"], index=payloads["event"]))
     answer = function.fn(*values)
