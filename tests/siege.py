@@ -15,6 +15,7 @@ import gradio as gr
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
+from core.errors import LayerShapError
 from ui import status
 
 MARKUP = (
@@ -180,7 +181,12 @@ def ask(function: Any, payloads: dict[Any, Any]) -> list[dict]:
     if "event" in parameters:
         values.append(SimpleNamespace(_data=payloads["event"], index=payloads["event"]))
     answer = function.fn(*values)
-    steps = list(answer) if inspect.isgenerator(answer) else [answer]
+    try:
+        steps = list(answer) if inspect.isgenerator(answer) else [answer]
+    except gr.Error as error:
+        # Programs are told what is wrong by the error that their call ends with.
+        assert isinstance(error.__cause__, LayerShapError), error
+        return []
     return [_by_component(step, function.outputs) for step in steps]
 
 
