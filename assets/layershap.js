@@ -165,7 +165,9 @@
   };
 
   // The address restores what is on screen; on a Space it is the frame's parent that shows it.
+  // Until the visitor does something it is still to be read.
   const remember = (changes) => {
+    if (!navigator.userActivation.hasBeenActive) return;
     const address = new URL(window.location.href);
     for (const [name, value] of Object.entries(changes)) {
       if (value) address.searchParams.set(name, value);
@@ -186,7 +188,7 @@
   // The guide's steps lead to what they speak of.
   const GUIDE_HIDDEN = 'layershap-guide-hidden';
   const guide = (element) => {
-    const hide = () => { element.closest('.ls-guide').hidden = true; };
+    const hide = () => { document.querySelector('#guide').hidden = true; };
     const go = [
       () => {
         const panel = document.querySelector('#set-up button');
