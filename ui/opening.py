@@ -39,9 +39,9 @@ def link_handler(session: gr.State, views: gr.Tabs, status: gr.HTML, show: Any) 
 
     @guarded(status)
     def follow(current: Session, request: gr.Request) -> Iterator[dict]:
-        yield {status: progress_bar(LOADING, None)}
         asked = {name: str(value) for name, value in (request.query_params or {}).items()}
-        restored: dict[Any, Any] = {}
+        # Said once and at a stroke: outside the queue only a generator's first answer arrives.
+        restored: dict[Any, Any] = {status: progress_bar(LOADING, None)}
         if (view := asked.get("view")) in {tab.id for tab in views.children}:
             restored[views] = gr.Tabs(selected=view)
         if study := asked.get("study"):
@@ -49,8 +49,7 @@ def link_handler(session: gr.State, views: gr.Tabs, status: gr.HTML, show: Any) 
             restored |= {session: current, **show(current, ())}
         if drop := asked.get("drop"):
             restored |= show(current, current.players.parse("The address", drop))
-        if restored:
-            yield restored
+        yield restored
 
     return follow
 
