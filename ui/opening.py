@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from urllib.parse import parse_qsl
 
 import gradio as gr
 
@@ -38,8 +39,8 @@ def link_handler(session: gr.State, views: gr.Tabs, status: gr.HTML, show: Any) 
     session and a selection."""
 
     @guarded(status)
-    def follow(current: Session, request: gr.Request) -> Iterator[dict]:
-        asked = {name: str(value) for name, value in (request.query_params or {}).items()}
+    def follow(current: Session, search: str | None) -> Iterator[dict]:
+        asked = dict(parse_qsl((search or "").removeprefix("?")))
         # Said once and at a stroke: outside the queue only a generator's first answer arrives.
         restored: dict[Any, Any] = {status: progress_bar(LOADING, None)}
         if (view := asked.get("view")) in {tab.id for tab in views.children}:

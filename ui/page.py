@@ -67,6 +67,7 @@ def build(settings: AppSettings) -> gr.Blocks:
         selection = gr.State(())
         tried, compared = gr.State(initial.comparisons), gr.State(initial.methods)
         healed = gr.State(None, time_to_live=KEPT_SECONDS)
+        address = gr.Textbox(visible=False)
         gr.HTML(HEAD)
         steps = guide(initial)
         model_line = gr.HTML(describe(initial), elem_id="model-line")
@@ -436,8 +437,9 @@ def build(settings: AppSettings) -> gr.Blocks:
         show_steps(
             page.load(
                 link_handler(session, views, status, show_link),
-                session,
+                [session, address],
                 [*opened, views],
+                js="(session) => [session, window.location.search]",
                 queue=False,
                 **quiet,
             )
