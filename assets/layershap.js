@@ -211,6 +211,16 @@
     if (window.localStorage.getItem(GUIDE_HIDDEN)) hide();
   };
 
+  // The tab that the address names, once the tabs are there.
+  const openNamedTab = (tries = 200) => {
+    const view = new URL(window.location.href).searchParams.get('view');
+    if (!view) return;
+    const tab = document.querySelector(`[role=tab][data-tab-id="${CSS.escape(view)}"]`);
+    if (tab) tab.click();
+    else if (tries) setTimeout(openNamedTab, 50, tries - 1);
+  };
+  openNamedTab();
+
   window.LayerShap = {
     chart,
     guide,

@@ -34,7 +34,7 @@ def first_session(settings: AppSettings) -> Session:
     return Session.of_study(shelf.ready_made())
 
 
-def link_handler(session: gr.State, views: gr.Tabs, status: gr.HTML, show: Any) -> Any:
+def link_handler(session: gr.State, status: gr.HTML, show: Any) -> Any:
     """Handler that restores what the page's address names; `show` makes the page's updates for a
     session and a selection."""
 
@@ -43,8 +43,6 @@ def link_handler(session: gr.State, views: gr.Tabs, status: gr.HTML, show: Any) 
         asked = dict(parse_qsl((search or "").removeprefix("?")))
         # Said once and at a stroke: outside the queue only a generator's first answer arrives.
         restored: dict[Any, Any] = {status: progress_bar(LOADING, None)}
-        if (view := asked.get("view")) in {tab.id for tab in views.children}:
-            restored[views] = gr.Tabs(selected=view)
         if study := asked.get("study"):
             current = Session.of_study(shelf.find(study), study)
             restored |= {session: current, **show(current, ())}

@@ -92,7 +92,7 @@ def build(settings: AppSettings) -> gr.Blocks:
                 progress_bar(LOADING_MODEL, None), elem_id="status", elem_classes="ls-status"
             )
         strip = layer_strip(initial)
-        with gr.Tabs(overflow_behavior="wrap", elem_id="views") as views:
+        with gr.Tabs(overflow_behavior="wrap", elem_id="views"):
             with _tab("Layer contributions"):
                 contributions = contributions_view()
             with _tab("Interactions"):
@@ -436,9 +436,9 @@ def build(settings: AppSettings) -> gr.Blocks:
         ]
         show_steps(
             page.load(
-                link_handler(session, views, status, show_link),
+                link_handler(session, status, show_link),
                 [session, address],
-                [*opened, views],
+                opened,
                 js="(session) => [session, window.location.search]",
                 queue=False,
                 **quiet,
