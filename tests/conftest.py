@@ -1,5 +1,6 @@
 """Shared fixtures: the bundled model, tiny random-weight models, and caches of their own."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,6 +54,15 @@ def cache(tmp_path_factory):
     patch.setenv("LAYERSHAP_CACHE", str(folder))
     yield folder
     patch.undo()
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    """A text of `WORDS`, as somebody might upload it."""
+    rng = np.random.default_rng(0)
+    file = tmp_path_factory.mktemp("text") / "book.txt"
+    file.write_text(" ".join(rng.choice(WORDS, 4000)))
+    return file
 
 
 @pytest.fixture(scope="session")

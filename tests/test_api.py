@@ -13,7 +13,7 @@ from gradio_client.exceptions import AppError
 from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 
-from conftest import TINY_LAYERS, WORDS
+from conftest import TINY_LAYERS
 from core import LayerGame, Study, analyze, load_model, load_text
 from core.errors import LayerShapError
 from ui import api
@@ -22,14 +22,6 @@ from ui.settings import AppSettings
 
 LAYERS = TINY_LAYERS
 PAGE_NAMES = ("load", "analyze", "compare", "methods", "export")
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    file = tmp_path_factory.mktemp("text") / "book.txt"
-    file.write_text(" ".join(rng.choice(WORDS, 4000)))
-    return file
 
 
 @pytest.fixture(scope="module")

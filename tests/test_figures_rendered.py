@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from pathlib import Path
 
 import plotly
@@ -10,6 +9,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 import made_up
+from browsing import CHROMIUM, FLAGS
 from colours import DARK, LIGHT, contrast, rgba
 from core.players import Players
 from ui.figures import (
@@ -34,8 +34,6 @@ pytestmark = pytest.mark.browser
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = Path(__file__).parent / "output" / "figures"
-CHROMIUM = os.environ.get("LAYERSHAP_CHROMIUM", "/usr/bin/chromium")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 WIDTHS = (360, 700, 1200)
 PLAYERS = {f"{n} layers": Players("blocks", n) for n in (12, 30, 80, 126)}
 PLAYERS["30 layers in parts"] = Players("sub-blocks", 30)

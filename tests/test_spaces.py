@@ -19,7 +19,7 @@ from gradio_client import Client
 from huggingface_hub import metadata_load
 from packaging.requirements import Requirement
 
-from conftest import TINY_LAYERS, WORDS
+from conftest import TINY_LAYERS
 from core import EvaluationCache, LayerGame, load_model, run
 from core.analysis import AnalysisSettings
 from core.bundled import cache_root
@@ -35,14 +35,6 @@ REPOSITORY = Path(__file__).parents[1]
 LAYERS = TINY_LAYERS
 # Where the bundled model is, before a test says otherwise.
 BUNDLED_CACHE = cache_root()
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    file = tmp_path_factory.mktemp("text") / "book.txt"
-    file.write_text(" ".join(rng.choice(WORDS, 4000)))
-    return file
 
 
 # The repository is a Space

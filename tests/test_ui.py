@@ -6,13 +6,12 @@ import shutil
 from html import unescape
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import transformers
 from gradio_client import Client, handle_file
 
-from conftest import TINY_LAYERS, WORDS
+from conftest import TINY_LAYERS
 from core.errors import LayerShapError
 from ui.opening import first_session
 from ui.page import build
@@ -23,14 +22,6 @@ from ui.status import alert, duration, guarded, progress_bar, streamed
 from ui.strip import strip_value
 
 LAYERS = TINY_LAYERS
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    file = tmp_path_factory.mktemp("text") / "book.txt"
-    file.write_text(" ".join(rng.choice(WORDS, 4000)))
-    return file
 
 
 @pytest.fixture(scope="module")

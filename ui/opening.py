@@ -15,13 +15,12 @@ from core.text import BUNDLED_NAME as BUNDLED_TEXT_NAME
 from ui import shelf
 from ui.session import Session
 from ui.settings import AppSettings
-from ui.setup_view import describe
+from ui.setup_view import READY, describe
 from ui.status import guarded, news, progress_bar, streamed
 from ui.workspace import ModelChoice, TextChoice, Workspaces
 
 LOADING = "Loading the model for live comparisons; everything below works meanwhile"
 LOAD_FIRST = "Load a model in Set-up to begin."
-READY = "Ready. Analyse the layers, or choose some to drop and measure."
 STUDY_ONLY = (
     "Study opened: charts and predictions work. To measure, load its model and text in Set-up."
 )
@@ -43,11 +42,12 @@ def link_handler(session: gr.State, status: gr.HTML, show: Any) -> Any:
         asked = dict(parse_qsl((search or "").removeprefix("?")))
         # Said once and at a stroke: outside the queue only a generator's first answer arrives.
         restored: dict[Any, Any] = {status: progress_bar(LOADING, None)}
-        if study := asked.get("study"):
+        study, drop = asked.get("study"), asked.get("drop")
+        if study:
             current = Session.of_study(shelf.find(study), study)
-            restored |= {session: current, **show(current, ())}
-        if drop := asked.get("drop"):
-            restored |= show(current, current.players.parse("The address", drop))
+            restored[session] = current
+        if study or drop:
+            restored |= show(current, current.players.parse("The address", drop or ""))
         yield restored
 
     return follow

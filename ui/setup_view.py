@@ -38,6 +38,7 @@ HINTS = {
     FROM_FOLDER: "a folder with config.json and .safetensors files",
     FROM_GGUF: "a file ending in .gguf",
 }
+READY = "Ready. Analyse the layers, or choose some to drop and measure."
 # The page is told of progress at most this often.
 REFRESH_SECONDS = 0.25
 
@@ -245,7 +246,7 @@ def load_handler(
         yield {
             session: loaded,
             status: _news(
-                "Ready. Analyse the layers, or choose some to drop and measure.",
+                READY,
                 loaded.workspace.calibration.cache.notice,
             ),
             model_line: describe(loaded),
