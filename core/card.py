@@ -17,7 +17,7 @@ import yaml
 from numpy.typing import NDArray
 
 from core.masks import dropped_players
-from core.models import BUNDLED, LayeredModel
+from core.models import BUNDLED, LayeredModel, auto_class
 from core.players import players_of_mask
 from core.text_info import TextInfo
 
@@ -126,7 +126,7 @@ def model_card(
         _front_matter(came_from, healed),
         f"# {plain(came_from.location)} without layers {layers}",
         f"{plain(came_from.location)} with {what}{then}. Plain "
-        "`AutoModelForCausalLM.from_pretrained` loads it.",
+        f"`{_loader(pruned)}.from_pretrained` loads it.",
         "## The cut",
         _table(
             ("", ""),
@@ -136,7 +136,7 @@ def model_card(
                 ("Fingerprint of the source", plain(full.info.fingerprint)),
                 (f"Dropped layers (the first is 0{LEGEND if apart else ''})", layers),
                 ("Layers left", f"{pruned.n_layers} of {full.n_layers}"),
-                ("Number format", plain(pruned.info.dtype)),
+                ("Number format", plain(pruned.info.quantization or pruned.info.dtype)),
             ],
         ),
         "## Measured",
@@ -156,6 +156,12 @@ def plain(text: object) -> str:
     """Text that markdown shows as it is: one line, nothing in it a link, a tag or markup."""
     shown = "".join(letter if letter.isprintable() else " " for letter in str(text))
     return _MARKUP.sub(r"\\\1", escape(" ".join(shown.split()), quote=False))
+
+
+def _loader(model: LayeredModel) -> str:
+    """The name of the transformers class that loads a saved cut."""
+    found = auto_class(model.module.config)
+    return "AutoModelForCausalLM" if found is None else found.__name__
 
 
 def _front_matter(came_from: Origin, healed: bool) -> str:

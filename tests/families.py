@@ -205,14 +205,11 @@ def small(kind: type[PreTrainedConfig], sizes: dict[str, Any], **changes: Any) -
     return kind(**{**settings, **changes})
 
 
-def configuration(family: str) -> PreTrainedConfig:
-    return small(CONFIG_MAPPING[family], SIZES)
-
-
-def tiny(family: str, loader: Any = AutoModelForCausalLM) -> PreTrainedModel:
+def tiny(family: str, loader: Any = AutoModelForCausalLM, **changes: Any) -> PreTrainedModel:
     """A model whose weights are large enough that every layer matters."""
     torch.manual_seed(0)
-    model = loader.from_config(configuration(family), dtype=torch.float32)
+    config = small(CONFIG_MAPPING[family], SIZES, **changes)
+    model = loader.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.add_(0.15 * torch.randn(parameter.shape, generator=generator))

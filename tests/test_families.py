@@ -3,7 +3,6 @@
 The table of what works and what is refused, and why, is written to tests/output/families.md.
 """
 
-import gc
 import re
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from core.masks import leave_out
 from core.models import describe, load_model
 from core.pruning import check_saving, prune, save_pruned
 from families import LAYERS, VOCABULARY, tiny
+from tiny_models import ALTERNATING
 
 TABLE = Path(__file__).parent / "output" / "families.md"
 CUTS = [(), (1,), (0, 2)]
@@ -174,7 +174,6 @@ def judge(family, table, loader=transformers.AutoModelForCausalLM):
 @pytest.mark.parametrize("family", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 def test_a_family_is_measured_rightly_or_refused(family, table):
     judge(family, table)
-    gc.collect()
 
 
 @pytest.mark.parametrize("family", DESCRIBED_OTHERWISE)
@@ -217,3 +216,23 @@ def test_a_multimodal_model_is_analysed_by_its_language_model(
     assert (folder / "preprocessor_config.json").is_file()
     after = dict(again.named_parameters())
     assert all(torch.equal(tower, after[name]) for name, tower in towers.items())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma4_text", {"num_kv_shared_layers": 2, "layer_types": ALTERNATING * 2}),
+        ("zaya", {}),
+        ("inkling2_text", {}),
+    ],
+)
+def test_layers_that_hand_on_more_than_a_hidden_state_are_refused(family, changes):
+    with pytest.raises(LayerShapError, match=r"more than one|does not run without"):
+        describe(tiny(family, **changes))
+
+
+def test_gemma_4_without_per_layer_embeddings_is_cut():
+    model = describe(tiny("gemma4_text", hidden_size_per_layer_input=0))
+    keep = leave_out(LAYERS, (1,))
+    [(_, measured)] = Evaluator(model, text()).losses(keep[None])
+    assert loss(prune(model, keep).module, text()) == pytest.approx(measured, rel=1e-5)

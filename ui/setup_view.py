@@ -372,8 +372,14 @@ def describe(session: Session) -> str:
     parts = (
         f"{model.n_layers} layers"
         + (", attention and MLP apart" if session.players.kind == "sub-blocks" else ""),
-        f"{model.parameters / 1e6:,.1f} M parameters",
-        f"{model.dtype} on {model.device}",
+        f"{model.parameters / 1e6:,.1f} M parameters"
+        + (
+            f", {model.tower_parameters / 1e6:,.1f} M of them outside the language model"
+            if model.tower_parameters
+            else ""
+        ),
+        (f"{model.quantization}, " if model.quantization else "")
+        + f"{model.dtype} on {model.device}",
         f"{text.source}: {text.blocks} calibration and {text.held_out_blocks} held-out blocks of "
         f"{text.block_length} tokens",
     )
