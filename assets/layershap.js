@@ -211,13 +211,15 @@
     if (window.localStorage.getItem(GUIDE_HIDDEN)) hide();
   };
 
-  // The tab that the address names, once the tabs are there.
-  const openNamedTab = (tries = 200) => {
+  // The tab that the address names. A page that is still being put together forgets a press, so
+  // it is pressed until it has stayed open for a while, or the visitor does something.
+  const openNamedTab = (stayed = 0, tries = 400) => {
     const view = new URL(window.location.href).searchParams.get('view');
-    if (!view) return;
+    if (!view || stayed > 20 || !tries || navigator.userActivation.hasBeenActive) return;
     const tab = document.querySelector(`[role=tab][data-tab-id="${CSS.escape(view)}"]`);
-    if (tab) tab.click();
-    else if (tries) setTimeout(openNamedTab, 50, tries - 1);
+    const open = tab?.getAttribute('aria-selected') === 'true';
+    if (!open) tab?.click();
+    setTimeout(openNamedTab, 50, open ? stayed + 1 : 0, tries - 1);
   };
   openNamedTab();
 

@@ -88,6 +88,11 @@ def layer(page: Page, number: int):
     return page.locator(f'#layer-strip [data-player="{number}"]')
 
 
+def shifted(page: Page) -> float:
+    """How much of the page has moved by itself so far (Cumulative Layout Shift)."""
+    return page.evaluate("window.shifts.reduce((sum, shift) => sum + shift, 0)")
+
+
 def shot(page: Page, name: str) -> None:
     """Keep a picture of the whole page."""
     page.wait_for_timeout(800)

@@ -8,7 +8,7 @@ import sys
 import pytest
 from playwright.sync_api import Page, expect
 
-from browsing import dashboard, layer, open_page, shot, tab
+from browsing import dashboard, layer, open_page, shifted, shot, tab
 from ui import shelf
 
 pytestmark = [pytest.mark.browser, pytest.mark.bundled]
@@ -16,6 +16,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.bundled]
 LAYERS = 30
 EVALUATIONS = 48
 ANALYSE_MS, MEASURE_MS, HEAL_MS = 400_000, 180_000, 900_000
+# What a page may move by itself while it is used; a tenth is what the web calls good.
+SHIFT = 0.02
 RELOAD = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,8 +63,20 @@ def test_an_analysis_shows_progress_stops_and_goes_on(page):
     page.locator("#stop").click()
     expect(page.locator("#status")).to_contain_text("Stopped", timeout=60_000)
     expect(page.locator("#status")).to_contain_text("measured and kept")
+    moved = shifted(page)
     analyse(page)
     expect(page.locator("#status")).to_contain_text(f"Done: {EVALUATIONS}", timeout=ANALYSE_MS)
+    expect(page).to_have_url(re.compile(r"study=[0-9a-f]{32}"))
+    assert shifted(page) - moved < SHIFT
+
+
+def test_its_link_opens_it_for_somebody_else(page, browser):
+    other = open_page(browser, page.url)
+    expect(other.locator("#model-line")).to_contain_text(f"study of {EVALUATIONS} masks")
+    expect(other.locator("#scatter .scatterlayer .point")).to_have_count(EVALUATIONS)
+    assert shifted(other) < SHIFT
+    assert other.errors == []
+    other.context.close()
 
 
 def test_each_chart_holds_what_it_should(page):

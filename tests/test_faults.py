@@ -30,7 +30,7 @@ from core.errors import LayerShapError
 from core.game import LayerGame
 from core.masks import all_masks
 from core.models import describe, load_model
-from core.study import Study, TextInfo
+from core.study import Study, TextInfo, installed_versions
 from core.text import TextBlocks
 from ui.session import Session, StopSignals
 from ui.settings import AppSettings
@@ -46,10 +46,15 @@ TOKENS = torch.randint(0, 128, (3, 16), generator=torch.Generator().manual_seed(
 TEXT = TextBlocks(TOKENS, TOKENS + 1, "made up")
 
 
+VERSIONS = installed_versions()
+
+
 def studied(game, **options):
     """The study of a game, as it is saved."""
     analysis = analyze(game, evaluations=40, **options)
-    return Study(analysis, game.model.info, TextInfo.of(TEXT), created="").to_json()
+    # Another user may not be able to read what is installed here.
+    study = Study(analysis, game.model.info, TextInfo.of(TEXT), created="", versions=VERSIONS)
+    return study.to_json()
 
 
 def without_time(file):
