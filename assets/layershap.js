@@ -166,8 +166,12 @@
 
   // The address restores what is on screen; on a Space it is the frame's parent that shows it.
   // Until the visitor does something it is still to be read.
+  let acted = false;
+  for (const act of ['pointerdown', 'keydown']) {
+    window.addEventListener(act, () => { acted = true; }, { capture: true, once: true });
+  }
   const remember = (changes) => {
-    if (!navigator.userActivation.hasBeenActive) return;
+    if (!acted) return;
     const address = new URL(window.location.href);
     for (const [name, value] of Object.entries(changes)) {
       if (value) address.searchParams.set(name, value);
@@ -215,7 +219,7 @@
   // it is pressed until it has stayed open for a while, or the visitor does something.
   const openNamedTab = (stayed = 0, tries = 400) => {
     const view = new URL(window.location.href).searchParams.get('view');
-    if (!view || stayed > 20 || !tries || navigator.userActivation.hasBeenActive) return;
+    if (!view || stayed > 20 || !tries || acted) return;
     const tab = document.querySelector(`[role=tab][data-tab-id="${CSS.escape(view)}"]`);
     const open = tab?.getAttribute('aria-selected') === 'true';
     if (!open) tab?.click();

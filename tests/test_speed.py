@@ -90,4 +90,7 @@ def test_freed_memory_is_kept():
         run = [sys.executable, "-c", FAULTS, mode]
         return int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
 
-    assert faults("keep") * 10 < faults("give back")
+    given_back = faults("give back")
+    if not given_back:
+        pytest.skip("this system does not count page faults")
+    assert faults("keep") * 10 < given_back
