@@ -35,4 +35,4 @@ export LAYERSHAP_CHROMIUM
 
 # Two at a time, a file's tests together, each with one thread: most of them are small models.
 export OMP_NUM_THREADS=1
-python -m pytest --numprocesses 2 --dist loadfile "$@"
+python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

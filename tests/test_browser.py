@@ -14,7 +14,7 @@ from ui import shelf
 pytestmark = [pytest.mark.browser, pytest.mark.bundled]
 
 LAYERS = 30
-EVALUATIONS = 48
+EVALUATIONS = 32
 ANALYSE_MS, MEASURE_MS, HEAL_MS = 400_000, 180_000, 900_000
 # What a page may move by itself while it is used; a tenth is what the web calls good.
 SHIFT = 0.02

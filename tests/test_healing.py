@@ -381,8 +381,8 @@ def test_the_command_line_heals_and_saves(tiny_folder, book, tmp_path):
 
 @pytest.mark.bundled
 def test_healing_the_real_model_helps_on_text_it_never_saw(bundled_model):
-    text = load_text("bundled", bundled_model.tokenizer)
-    settings = HealingSettings(steps=12)
+    text = load_text("bundled", bundled_model.tokenizer, blocks=4)
+    settings = HealingSettings(steps=8)
     training = training_blocks("bundled", bundled_model.tokenizer, settings.blocks_wanted)
     keep = leave_out(30, (4, 14, 17, 18, 20, 22))
     result = healed(bundled_model, training, text, settings, keep)
