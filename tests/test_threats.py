@@ -289,7 +289,11 @@ def test_visitors_do_not_see_each_other(address):
     assert "needs the model itself" in said(stranger.predict(text="", api_name="/compare"))
 
 
-def test_failures_tell_nothing_about_the_server(loaded, monkeypatch):
+def test_failures_tell_nothing_about_the_server(loaded, monkeypatch, tiny_folder):
+    recipe = loaded.predict(text="2", api_name="/select")[2]
+    assert f"model: {tiny_folder.name}" in recipe
+    assert str(tiny_folder.parent) not in recipe
+
     def broken(*_, **__):
         raise RuntimeError("/home/owner/secret")
 

@@ -100,7 +100,7 @@ def build(settings: AppSettings) -> gr.Blocks:
             with _tab("Methods") as methods_tab:
                 methods = methods_view()
             with _tab("Prune and compare"):
-                pruning = prune_view()
+                pruning = prune_view(settings.local_files)
             with _tab("Accuracy"):
                 accuracy = accuracy_view(settings)
             with _tab("Heal and share"):

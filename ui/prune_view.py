@@ -12,7 +12,7 @@ import gradio as gr
 import numpy as np
 
 from core.bundled import cache_root
-from core.card import Measured, Perplexities
+from core.card import Measured, Perplexities, origin
 from core.comparing import compare_cut, full_and_pruned
 from core.errors import LayerShapError
 from core.footprint import footprint, measure_speeds
@@ -61,13 +61,14 @@ class PruneView:
     name: gr.Textbox
     save: gr.Button
     recipe: gr.Textbox
+    own_machine: bool
 
     def draw_selection(self, session: Session) -> dict[Any, Any]:
         """Updates that follow from a changed selection: cheap, so that a click answers at once."""
         return {
             self.dropped: session.players.labels(session.dropped),
             self.predicted: _prediction(session),
-            self.recipe: _recipe(session),
+            self.recipe: _recipe(session, self.own_machine),
         }
 
     def draw_tried(self, tried: tuple[Comparison, ...], players: Players) -> dict[Any, Any]:
@@ -94,8 +95,8 @@ class PruneView:
         }
 
 
-def prune_view() -> PruneView:
-    """Lay out the tab."""
+def prune_view(own_machine: bool) -> PruneView:
+    """Lay out the tab; on the visitor's own machine the recipe may name its folders."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=340):
             gr.Markdown("### Choose layers to drop")
@@ -177,6 +178,7 @@ def prune_view() -> PruneView:
         name,
         save,
         recipe,
+        own_machine,
     )
 
 
@@ -414,10 +416,13 @@ def _prediction(session: Session) -> str:
     )
 
 
-def _recipe(session: Session) -> str:
+def _recipe(session: Session, own_machine: bool) -> str:
     if session.model is None or not session.keep.any():
         return ""
     if session.players.whole_layers(session.dropped) is None:
         return "# mergekit knows whole layers only: save the pruned model instead."
-    location = session.workspace.model.location if session.workspace else None
+    location = None
+    if session.workspace:
+        model = session.workspace.model
+        location = model.location if own_machine else origin(model).location
     return mergekit_yaml(session.model, session.keep, location)
