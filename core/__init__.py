@@ -10,7 +10,7 @@ from core.cache import EvaluationCache
 from core.errors import LayerShapError
 from core.game import LayerGame
 from core.models import load_model
-from core.pruning import load_pruned
+from core.saving import load_pruned
 from core.selection import best_sets
 from core.study import Study
 from core.text import load_text

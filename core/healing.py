@@ -28,7 +28,7 @@ from core.clock import Clock
 from core.errors import LayerShapError, first_line
 from core.game import LayerGame
 from core.models import LayeredModel, fingerprint
-from core.pruning import provenance, write_model
+from core.saving import provenance, write_model
 from core.text import TextBlocks
 from core.text_info import TextInfo
 

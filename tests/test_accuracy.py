@@ -18,7 +18,7 @@ from core.accuracy import OFFERED, compare_accuracy, parse_tasks
 from core.errors import LayerShapError
 from core.masks import leave_out
 from core.models import load_model
-from core.pruning import save_pruned
+from core.saving import save_pruned
 from test_ui import address, load, said, visitor  # noqa: F401
 from ui.accuracy_view import chosen_tasks
 from ui.settings import AppSettings

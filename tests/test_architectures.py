@@ -11,7 +11,8 @@ from core.errors import LayerShapError
 from core.game import LayerGame
 from core.masks import leave_out
 from core.models import describe
-from core.pruning import prune, save_pruned
+from core.pruning import prune
+from core.saving import save_pruned
 from tiny_models import FAMILIES, VOCABULARY, really_deleted, tiny
 
 LAYERS = 5

@@ -17,7 +17,8 @@ from core.errors import LayerShapError
 from core.evaluation import Evaluator
 from core.masks import leave_out
 from core.models import describe, load_model
-from core.pruning import check_saving, prune, save_pruned
+from core.pruning import prune
+from core.saving import check_saving, save_pruned
 from families import LAYERS, VOCABULARY, tiny
 from tiny_models import ALTERNATING
 

@@ -20,7 +20,8 @@ from core.game import LayerGame
 from core.healing import DIVERGED, DONE, STOPPED, HealingSettings, heal, save_healed
 from core.masks import leave_out
 from core.models import describe, load_model
-from core.pruning import load_pruned, prune
+from core.pruning import prune
+from core.saving import load_pruned
 from core.text import load_text, training_blocks
 from tiny_models import VOCABULARY, tiny
 

@@ -23,7 +23,7 @@ def test_the_top_level_holds_exactly_what_it_should():
 
 
 def test_the_engine_knows_no_screen():
-    script = "import core, core.__main__, core.pruning, core.footprint, sys; print(*sys.modules)"
+    script = "import core, core.__main__, core.saving, core.footprint, sys; print(*sys.modules)"
     modules = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()

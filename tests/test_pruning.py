@@ -9,12 +9,15 @@ import torch
 import transformers
 import yaml
 
+from core.continuing import continue_prompt
 from core.errors import LayerShapError
 from core.footprint import footprint, measure_speeds
 from core.game import LayerGame
 from core.masks import leave_out
 from core.models import describe
-from core.pruning import continue_prompt, mergekit_yaml, prune, save_pruned
+from core.pruning import prune
+from core.recipe import mergekit_yaml
+from core.saving import save_pruned
 
 
 @pytest.fixture

@@ -17,8 +17,10 @@ from core.errors import LayerShapError
 from core.healing import Healing, HealingCurve, HealingSettings
 from core.masks import leave_out
 from core.models import describe
-from core.pruning import mergekit_yaml, prune, save_pruned
+from core.pruning import prune
 from core.publishing import push
+from core.recipe import mergekit_yaml
+from core.saving import save_pruned
 from core.study import TextInfo
 
 DROPPED = (1, 4)

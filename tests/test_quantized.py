@@ -15,7 +15,8 @@ from core.footprint import footprint
 from core.healing import heal
 from core.masks import leave_out
 from core.models import fingerprint, load_model
-from core.pruning import prune, save_pruned
+from core.pruning import prune
+from core.saving import save_pruned
 
 PLACE = {"device": "cpu", "dtype": "float32"}
 BITS = {

@@ -13,14 +13,17 @@ import transformers
 from conftest import WORDS
 from core.__main__ import main
 from core.cache import EvaluationCache
+from core.continuing import continue_prompt
 from core.errors import LayerShapError
 from core.evaluation import Evaluator
 from core.footprint import cache_bytes_by_layer, footprint
 from core.game import LayerGame
 from core.models import describe
 from core.players import Players, players_of_mask
-from core.pruning import continue_prompt, load_pruned, mergekit_yaml, prune, save_pruned
+from core.pruning import prune
+from core.recipe import mergekit_yaml
 from core.resources import Resources, measure_resources
+from core.saving import load_pruned, save_pruned
 from core.study import Study
 from tiny_models import FAMILIES, VOCABULARY, tiny
 
@@ -247,7 +250,7 @@ def test_parts_of_the_real_model(bundled_model, tmp_path):
     assert game.whole_layers.perplexity(np.arange(30) != 20)[0] == layer
     folder = save_pruned(bundled_model, keep, tmp_path / "cut")
     script = (
-        "import sys; from core.pruning import load_pruned; "
+        "import sys; from core.saving import load_pruned; "
         "m = load_pruned(sys.argv[1]); print(m.n_layers, m.info.parameters)"
     )
     done = subprocess.run(

@@ -14,11 +14,14 @@ import numpy as np
 from core.bundled import cache_root
 from core.card import Measured, Perplexities, origin
 from core.comparing import compare_cut, full_and_pruned
+from core.continuing import continue_prompt
 from core.errors import LayerShapError
 from core.footprint import footprint, measure_speeds
 from core.methods import MethodsComparison
 from core.players import Players
-from core.pruning import continue_prompt, mergekit_yaml, prune, save_pruned
+from core.pruning import prune
+from core.recipe import mergekit_yaml
+from core.saving import save_pruned
 from core.study import Comparison, TextInfo, with_comparison
 from ui.chart import Chart
 from ui.figures import comparison_chart, empty_figure

@@ -19,8 +19,8 @@ from core.footprint import Footprint, Speed
 from core.game import LayerGame
 from core.models import LayeredModel, Progress
 from core.players import PlayerKind
-from core.pruning import load_pruned
 from core.resources import Resources, measure_resources
+from core.saving import load_pruned
 from core.study import TextInfo
 from core.text import BUNDLED, TextBlocks, load_text, training_blocks
 from ui.zero_gpu import ZeroGpuEvaluator, announce

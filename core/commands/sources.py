@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from core.models import DEVICES, DTYPES, LayeredModel
-from core.pruning import load_pruned
+from core.saving import load_pruned
 from core.text import TextBlocks, load_text
 
 DROP_HELP = "layers, such as 13,17; 12a is the attention of layer 12 alone, 12m its MLP"

@@ -12,7 +12,7 @@ from core.errors import LayerShapError, first_line
 from core.evaluation import Evaluator
 from core.models import fingerprint
 from core.players import PlayerKind
-from core.pruning import load_pruned
+from core.saving import load_pruned
 from core.workers.protocol import Recipe, Task
 
 # Texts whose evaluators, with what they know of the text, a worker keeps.
