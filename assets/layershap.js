@@ -96,6 +96,11 @@
     else if (player !== undefined) strip?.toggle(player);
   };
 
+  // A square chart on a narrow screen needs no more height than width, and its colour bar's.
+  const heightOf = ({ layout }, width) => (
+    layout.yaxis?.scaleanchor ? Math.min(layout.height, width + layout.margin.t) : layout.height
+  );
+
   const draw = async (chart) => {
     const { plot, figure } = chart;
     // A chart in a hidden tab has no width yet; it is drawn when it is first seen.
@@ -104,8 +109,10 @@
     const Plotly = await library();
     if (turn !== chart.turn) return;
     chart.width = plot.clientWidth;
+    const height = heightOf(figure, chart.width);
+    plot.style.minHeight = `${height}px`;
     await Plotly.react(
-      plot, figure.data, { ...figure.layout, autosize: false, width: chart.width }, CONFIG,
+      plot, figure.data, { ...figure.layout, autosize: false, width: chart.width, height }, CONFIG,
     );
     if (!chart.bound) {
       chart.bound = true;
@@ -152,7 +159,9 @@
       empty.textContent = message ?? '';
       plot.hidden = !self.figure || Boolean(message);
       element.classList.toggle('ls-nothing', plot.hidden);
-      if (!plot.hidden) plot.style.minHeight = `${self.figure.layout.height}px`;
+      if (!plot.hidden) {
+        plot.style.minHeight = `${heightOf(self.figure, plot.clientWidth || Infinity)}px`;
+      }
       draw(self);
     };
     charts.add(self);
@@ -191,8 +200,8 @@
 
   // The guide's steps lead to what they speak of.
   const GUIDE_HIDDEN = 'layershap-guide-hidden';
+  const NO_GUIDE = 'ls-no-guide';
   const guide = (element) => {
-    const hide = () => { document.querySelector('#guide').hidden = true; };
     const go = [
       () => {
         const panel = document.querySelector('#set-up button');
@@ -209,11 +218,21 @@
       const step = event.target.closest('[data-step]');
       if (step) go[Number(step.dataset.step)]();
       if (!event.target.closest('.ls-dismiss')) return;
-      hide();
+      document.documentElement.classList.add(NO_GUIDE);
       window.localStorage.setItem(GUIDE_HIDDEN, 'yes');
     });
-    if (window.localStorage.getItem(GUIDE_HIDDEN)) hide();
   };
+  if (window.localStorage.getItem(GUIDE_HIDDEN)) document.documentElement.classList.add(NO_GUIDE);
+
+  // The page is shown when what stands above the views is in its place.
+  const ABOVE = ['#guide .ls-step', '#model-line .ls-model', '#set-up', '#stop', '#status *',
+    '#layer-strip .ls-strip'];
+  const showArranged = (frames = 600) => {
+    const arranged = ABOVE.every((part) => document.querySelector(part));
+    if (arranged) document.documentElement.classList.add('ls-arranged');
+    else if (frames) requestAnimationFrame(() => showArranged(frames - 1));
+  };
+  showArranged();
 
   // The tab that the address names. A page that is still being put together forgets a press, so
   // it is pressed until it has stayed open for a while, or the visitor does something.

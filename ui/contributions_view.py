@@ -72,8 +72,11 @@ def contributions_view() -> ContributionsView:
             label="Average over",
             info=KINDS_OF_VALUE,
             scale=3,
+            min_width=320,
         )
-        order = gr.Radio(["By rank", "By depth"], value="By rank", label="Order of bars", scale=1)
+        order = gr.Radio(
+            ["By rank", "By depth"], value="By rank", label="Order of bars", scale=1, min_width=240
+        )
     note = gr.HTML()
     empty = empty_figure(NOTHING_YET)
     with gr.Row(equal_height=False):

@@ -44,7 +44,7 @@ WHAT_IT_IS = (
 )
 WHOSE_LOGIN = (
     "Uploads a saved folder, with its model card, under the login of this machine "
-    "(`hf auth login`)."
+    "(made with: hf auth login)."
 )
 NOT_HERE = (
     "Pushing is possible only where LayerShap runs on your own machine: here it would use the "

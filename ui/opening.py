@@ -69,7 +69,7 @@ def model_handler(
             return
         known = current.model.source == BUNDLED and current.text.source == BUNDLED_TEXT_NAME
         if not known or not settings.allows(BUNDLED):
-            yield {status: news(STUDY_ONLY)}
+            yield {status: news(STUDY_ONLY), model_line: describe(current)}
             return
         text = TextChoice(
             BUNDLED_TEXT,
@@ -85,7 +85,7 @@ def model_handler(
             else:
                 loaded = item
         if not current.fits(loaded):
-            yield {status: news(STUDY_ONLY)}
+            yield {status: news(STUDY_ONLY), model_line: describe(current)}
             return
         current = replace(current, workspace=loaded, model=loaded.model.info)
         yield {session: current, status: news(READY), model_line: describe(current)}

@@ -70,7 +70,7 @@ def build(settings: AppSettings) -> gr.Blocks:
         address = gr.Textbox(visible=False)
         gr.HTML(HEAD)
         steps = guide(initial)
-        model_line = gr.HTML(describe(initial), elem_id="model-line")
+        model_line = gr.HTML(describe(initial, loading=True), elem_id="model-line")
         with gr.Accordion(
             "Set-up: model, text and analysis settings", open=False, elem_id="set-up"
         ):
@@ -397,12 +397,12 @@ def build(settings: AppSettings) -> gr.Blocks:
             show_progress="hidden",
         )
 
-        def show(opened: Session) -> dict[Any, Any]:
+        def show(opened: Session, loading: bool = False) -> dict[Any, Any]:
             """The whole page for a study that was opened."""
             return {
                 **fresh(opened),
                 **methods.draw_choices(opened),
-                model_line: describe(opened),
+                model_line: describe(opened, loading),
                 strip: gr.update(value=strip_value(opened), dropped=[]),
                 **draw(opened, contributions.value.value, contributions.order.value),
                 **pruning.draw_selection(opened),
@@ -412,7 +412,7 @@ def build(settings: AppSettings) -> gr.Blocks:
         def show_link(opened: Session, dropped: tuple[int, ...]) -> dict[Any, Any]:
             chosen = opened.dropping(dropped)
             return {
-                **show(chosen),
+                **show(chosen, loading=True),
                 selection: chosen.dropped,
                 strip: gr.update(value=strip_value(chosen), dropped=list(chosen.dropped)),
             }

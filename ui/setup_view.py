@@ -364,8 +364,8 @@ def _summary(step: Any, current: Session, notice: str | None) -> str:
     )
 
 
-def describe(session: Session) -> str:
-    """The line that says which model and text are loaded, as HTML."""
+def describe(session: Session, loading: bool = False) -> str:
+    """The line that says which model and text are loaded, or just `loading`, as HTML."""
     model, text = session.model, session.text
     if model is None or text is None:
         return '<p class="ls-model">No model loaded yet.</p>'
@@ -383,7 +383,8 @@ def describe(session: Session) -> str:
         f"{text.source}: {text.blocks} calibration and {text.held_out_blocks} held-out blocks of "
         f"{text.block_length} tokens",
     )
-    where = "" if session.workspace else " (opened from a saved study; the model is not loaded)"
+    here = loading or session.workspace is not None
+    where = "" if here else " (opened from a saved study; the model is not loaded)"
     return (
         f'<p class="ls-model"><b>{escape(model.name)}</b>{where} · '
         f"{' · '.join(map(escape, parts))}{_origin(session)}</p>"

@@ -62,7 +62,7 @@ def contribution_bars(
     ranks[np.argsort(-values, kind="stable")] = np.arange(1, n + 1)
     figure = base_figure(
         height=70 + max(6, n) * (DENSE_PIXELS if n > MANY_BARS else BAR_PIXELS),
-        title_x="contribution to utility (needed more →)",
+        title_x="contribution (needed more →)",
     )
     labels = [players.name(player) for player in order]
     figure.add_bar(

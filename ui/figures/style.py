@@ -68,6 +68,8 @@ COLOUR_BAR = {
     "ypad": 4,
     "tickangle": 0,
     "tickfont": {"size": 11},
+    # Otherwise a narrow chart is silent about its highest value.
+    "ticklabeloverflow": "allow",
 }
 COLOUR_BAR_PIXELS = 66
 LEGEND = {
