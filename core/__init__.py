@@ -9,7 +9,7 @@ from core.analysis import Analysis, AnalysisSettings, analyze, run
 from core.cache import EvaluationCache
 from core.errors import LayerShapError
 from core.game import LayerGame
-from core.models import load_model
+from core.loading import load_model
 from core.saving import load_pruned
 from core.selection import best_sets
 from core.study import Study

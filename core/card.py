@@ -16,8 +16,9 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from core.loading import auto_class
 from core.masks import dropped_players
-from core.models import BUNDLED, LayeredModel, auto_class
+from core.models import BUNDLED, LayeredModel
 from core.players import players_of_mask
 from core.text_info import TextInfo
 

@@ -30,3 +30,9 @@ def advice(error: BaseException) -> str | None:
         where = f"{error.filename} could not be written" if error.filename else "Writing failed"
         return f"{where} ({error.strerror}); free some disk space, or choose another place."
     return None
+
+
+def check_one_of(parameter: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raises LayerShapError unless a parameter has one of the values it may have."""
+    if value not in allowed:
+        raise LayerShapError(f"{parameter} is {value!r}; it must be one of {', '.join(allowed)}.")

@@ -24,7 +24,8 @@ from core.blocks import copy_sharing_weights
 from core.card import CARD_FILE, Measured, model_card, origin
 from core.cut import Cut, one_mask
 from core.errors import LayerShapError
-from core.models import LayeredModel, auto_class, load_model
+from core.loading import auto_class, load_model
+from core.models import LayeredModel
 from core.players import ATTENTION, BRANCH_NAMES, MLP
 from core.pruning import prune
 from core.quantization import check_packing

@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.functional import celu
 
-from core.errors import LayerShapError
+from core.errors import check_one_of
 from core.masks import Masks
 
 Floats = NDArray[np.float64]
@@ -129,8 +129,7 @@ def fit_surrogate(
     Raises:
         LayerShapError: an unknown kind.
     """
-    if kind not in KINDS:
-        raise LayerShapError(f"surrogate is {kind!r}; it must be one of {', '.join(KINDS)}.")
+    check_one_of("surrogate", kind, KINDS)
     measured = finite_excess(excess_losses)
     held = _held_out(len(masks), seed)
     wanted = ("ridge", "ensemble") if kind == "auto" else (kind,)

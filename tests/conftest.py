@@ -11,7 +11,7 @@ WORDS = [f"w{number}" for number in range(60)]
 @pytest.fixture(scope="session")
 def bundled_model():
     """The real 30-layer model, fetched on first use into the user's cache."""
-    from core.models import load_model
+    from core.loading import load_model
 
     return load_model("bundled")
 

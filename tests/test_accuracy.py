@@ -16,8 +16,8 @@ from core import accuracy
 from core.__main__ import main
 from core.accuracy import OFFERED, compare_accuracy, parse_tasks
 from core.errors import LayerShapError
+from core.loading import load_model
 from core.masks import leave_out
-from core.models import load_model
 from core.saving import save_pruned
 from test_ui import address, load, said, visitor  # noqa: F401
 from ui.accuracy_view import chosen_tasks

@@ -15,8 +15,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from core.errors import LayerShapError
 from core.evaluation import Evaluator
+from core.loading import load_model
 from core.masks import leave_out
-from core.models import describe, load_model
+from core.models import describe
 from core.pruning import prune
 from core.saving import check_saving, save_pruned
 from families import LAYERS, VOCABULARY, tiny

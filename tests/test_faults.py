@@ -28,8 +28,9 @@ from core.bundled import BUNDLED_FOLDER
 from core.cache import RETRY_SECONDS, EvaluationCache
 from core.errors import LayerShapError
 from core.game import LayerGame
+from core.loading import load_model
 from core.masks import all_masks
-from core.models import describe, load_model
+from core.models import describe
 from core.study import Study, TextInfo, installed_versions
 from core.text import TextBlocks
 from ui.session import Session, StopSignals

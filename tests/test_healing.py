@@ -18,8 +18,9 @@ from core import healing as healing_module
 from core.errors import LayerShapError
 from core.game import LayerGame
 from core.healing import DIVERGED, DONE, STOPPED, HealingSettings, heal, save_healed
+from core.loading import load_model
 from core.masks import leave_out
-from core.models import describe, load_model
+from core.models import describe
 from core.pruning import prune
 from core.saving import load_pruned
 from core.text import load_text, training_blocks

@@ -15,6 +15,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import core.loading
 import core.study
 import ui.prune_view
 import ui.setup_view
@@ -22,7 +23,7 @@ import ui.workspace
 from conftest import WORDS
 from core.errors import LayerShapError
 from core.footprint import Speed
-from core.models import load_model
+from core.loading import load_model
 from core.study import Comparison, Study
 from core.text import load_text
 from siege import (
@@ -370,8 +371,8 @@ def test_the_bundled_model_is_not_a_folder_of_that_name(monkeypatch, tmp_path):
     (tmp_path / "bundled").mkdir()
     monkeypatch.chdir(tmp_path)
     asked = []
-    monkeypatch.setattr("core.models.bundled_folder", lambda report: asked.append(1) or Path("m"))
-    folder, _ = core.models._locate("bundled", None, lambda *_: None)
+    monkeypatch.setattr("core.loading.bundled_folder", lambda report: asked.append(1) or Path("m"))
+    folder, _ = core.loading._locate("bundled", None, lambda *_: None)
     assert asked
     assert folder == Path("m")
 

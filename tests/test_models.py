@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from core.errors import LayerShapError
-from core.models import describe, fingerprint, load_model, resolve_dtype
+from core.loading import load_model, resolve_dtype
+from core.models import describe, fingerprint
 
 
 @pytest.fixture
@@ -44,9 +45,9 @@ def test_the_dtype_can_be_chosen(folder):
 
 def test_auto_takes_bfloat16_only_where_it_is_native(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr("core.models._cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("core.loading._cpu_has_bfloat16", lambda: True)
     assert resolve_dtype("auto", cpu) == torch.bfloat16
-    monkeypatch.setattr("core.models._cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr("core.loading._cpu_has_bfloat16", lambda: False)
     assert resolve_dtype("auto", cpu) == torch.float32
 
 

@@ -13,8 +13,9 @@ from core.errors import LayerShapError
 from core.evaluation import Evaluator
 from core.footprint import footprint
 from core.healing import heal
+from core.loading import load_model
 from core.masks import leave_out
-from core.models import fingerprint, load_model
+from core.models import fingerprint
 from core.pruning import prune
 from core.saving import save_pruned
 

@@ -29,7 +29,7 @@ from core.analysis import AnalysisSettings, analyze, run
 from core.cache import EvaluationCache
 from core.evaluation import Evaluator
 from core.game import LayerGame
-from core.models import load_model
+from core.loading import load_model
 from core.study import Study, TextInfo
 from core.text import load_text
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from core import packing
 from core.evaluation import Evaluator
+from core.loading import load_model
 from core.masks import default_strata, leave_out, sample_masks
-from core.models import describe, load_model
+from core.models import describe
 from core.text import load_text
 from tiny_models import tiny
 

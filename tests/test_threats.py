@@ -18,7 +18,7 @@ import ui.workspace
 from conftest import WORDS
 from core.cache import EvaluationCache
 from core.errors import LayerShapError
-from core.models import HUB_FILES, load_model
+from core.loading import HUB_FILES, load_model
 from core.study import Study
 from core.text import load_text
 from siege import MARKUP, PATHS, RAW, WATCH

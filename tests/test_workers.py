@@ -18,8 +18,9 @@ from core.cache import EvaluationCache
 from core.errors import LayerShapError
 from core.evaluation import Evaluator, prefix_order
 from core.game import LayerGame
+from core.loading import load_model
 from core.masks import all_masks, sample_masks
-from core.models import describe, fingerprint, load_model
+from core.models import describe, fingerprint
 from core.workers import start_workers
 from core.workers.launch import _Specification
 from core.workers.local import LocalCrew, gpus_of_workers

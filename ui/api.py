@@ -27,10 +27,11 @@ from core.comparing import full_and_pruned
 from core.errors import LayerShapError
 from core.footprint import footprint
 from core.game import LayerGame
+from core.loading import Progress
 from core.masks import leave_out
 from core.methods import MethodResult
 from core.methods import compare_methods as compare
-from core.models import ModelInfo, Progress
+from core.models import ModelInfo
 from core.players import PlayerKind, Players, parse_cut
 from core.pruning import prune
 from core.study import Study

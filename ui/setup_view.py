@@ -13,8 +13,9 @@ import gradio as gr
 
 from core.analysis import AnalysisSettings, run
 from core.errors import LayerShapError
+from core.loading import DEVICES, DTYPES
 from core.masks import default_strata
-from core.models import BUNDLED, DEVICES, DTYPES
+from core.models import BUNDLED
 from core.surrogate import KINDS
 from core.text import BUNDLED as BUNDLED_TEXT
 from core.text import WIKITEXT

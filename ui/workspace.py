@@ -17,7 +17,8 @@ from core.errors import LayerShapError
 from core.evaluation import Evaluator
 from core.footprint import Footprint, Speed
 from core.game import LayerGame
-from core.models import LayeredModel, Progress
+from core.loading import Progress
+from core.models import LayeredModel
 from core.players import PlayerKind
 from core.resources import Resources, measure_resources
 from core.saving import load_pruned

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from core.models import DEVICES, DTYPES, LayeredModel
+from core.loading import DEVICES, DTYPES
+from core.models import LayeredModel
 from core.saving import load_pruned
 from core.text import TextBlocks, load_text
 

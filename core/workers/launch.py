@@ -9,7 +9,8 @@ from urllib.parse import parse_qsl
 import torch
 
 from core.errors import LayerShapError
-from core.models import LayeredModel, fingerprint, resolve_device, resolve_dtype
+from core.loading import resolve_device, resolve_dtype
+from core.models import LayeredModel, fingerprint
 from core.workers.cluster import RayCrew, connect, place
 from core.workers.local import LocalCrew, gpus_of_workers
 from core.workers.pool import WorkerPool

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from core.allocator import keep_freed_memory
 from core.evaluation import Evaluator
+from core.loading import load_model
 from core.masks import sample_masks
-from core.models import load_model
 from core.text import load_text
 
 STRATA_DROPPED = (2, 4, 6, 8, 10, 12)

@@ -25,9 +25,9 @@ from core.allocator import keep_freed_memory
 from core.analysis import analyze
 from core.baselines import Frontier, finish
 from core.game import LayerGame
+from core.loading import load_model
 from core.masks import leave_out
 from core.methods import KINDS
-from core.models import load_model
 from core.selection import METHOD, default_budget, search
 
 # The paper's rule on the same masks, with our surrogate and with the paper's.

@@ -27,8 +27,8 @@ from core.allocator import keep_freed_memory
 from core.baselines import Frontier, finish
 from core.cache import EvaluationCache
 from core.game import LayerGame
+from core.loading import load_model
 from core.masks import Masks, all_masks, dropped_players, leave_out
-from core.models import load_model
 from core.selection import METHOD, WORST_EXCESS, Kernel, SetProcess, best_sets, greedy_evaluations
 from core.text import load_text
 

@@ -23,9 +23,9 @@ from splits import add_options, games
 from core.allocator import keep_freed_memory
 from core.baselines import finish, greedy
 from core.footprint import measure_speeds
+from core.loading import load_model
 from core.masks import leave_out
 from core.methods import search_parts
-from core.models import load_model
 from core.players import Players
 from core.pruning import prune
 from core.resources import RESOURCES, Resources, measure_resources

@@ -28,8 +28,8 @@ from core.allocator import keep_freed_memory
 from core.cache import EvaluationCache
 from core.estimates import estimate
 from core.game import LayerGame
+from core.loading import load_model
 from core.masks import default_strata, published_strata, sample_masks
-from core.models import load_model
 from core.surrogate import fit_surrogate
 from core.text import load_text
 

@@ -94,7 +94,9 @@ def interaction_heatmap(interactions: Interactions, players: Players | None = No
         ygap=cell_gap(n),
         **root_scale(values, ("stand in", "interaction", "need")),
     )
-    figure.update_layout(margin_t=COLOUR_BAR_PIXELS, margin_r=24, meta={"x": "player", "y": "player"})
+    figure.update_layout(
+        margin_t=COLOUR_BAR_PIXELS, margin_r=24, meta={"x": "player", "y": "player"}
+    )
     ticks = player_ticks(players)
     figure.update_xaxes(showgrid=False, **ticks, constrain="domain", constraintoward="left")
     figure.update_yaxes(
