@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -190,13 +191,7 @@ def methods_map(comparison: MethodsComparison, dropped: int) -> go.Figure:
     )
     figure.update_layout(meta={"x": "player", "shows_dropped": False})
     figure.update_xaxes(**player_ticks(players, most=8), showgrid=False)
-    figure.update_yaxes(
-        autorange="reversed",
-        showgrid=False,
-        tickvals=names,
-        ticktext=[wrapped(name, NAME_CHARACTERS) for name in names],
-        tickfont={"size": 11},
-    )
+    _name_rows(figure, names, names)
     return figure
 
 
@@ -280,14 +275,19 @@ def agreement_heatmap(comparison: MethodsComparison, dropped: int) -> go.Figure:
     figure.update_xaxes(
         showgrid=False, side="top", tickvals=places, ticktext=numbers, tickfont={"size": 10}
     )
+    _name_rows(figure, places, rows)
+    return figure
+
+
+def _name_rows(figure: go.Figure, places: Sequence[Any], names: Sequence[str]) -> None:
+    """One row per name, the first on top."""
     figure.update_yaxes(
         autorange="reversed",
         showgrid=False,
-        tickvals=places,
-        ticktext=[wrapped(row, NAME_CHARACTERS) for row in rows],
+        tickvals=list(places),
+        ticktext=[wrapped(name, NAME_CHARACTERS) for name in names],
         tickfont={"size": 11},
     )
-    return figure
 
 
 def _ranked(comparison: MethodsComparison, dropped: int) -> list[MethodResult]:
