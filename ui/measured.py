@@ -29,13 +29,11 @@ class MeasuredFigures:
             _row("Weights in memory", _of(self.sizes, "weight_bytes"), _bytes),
             _row("Key/value cache per token", _of(self.sizes, "cache_bytes"), _bytes),
             _row(
-                "Reading a prompt (fastest run)",
+                "Reading a prompt, tokens/s (fastest run)",
                 _of(self.speeds, "prefill"),
-                lambda v: f"{v:,.0f} tokens/s",
+                "{:,.0f}".format,
             ),
-            _row(
-                "Writing (fastest run)", _of(self.speeds, "decode"), lambda v: f"{v:,.1f} tokens/s"
-            ),
+            _row("Writing, tokens/s (fastest run)", _of(self.speeds, "decode"), "{:,.1f}".format),
         ]
         return (
             '<table class="ls-figures"><thead><tr><th scope="col">Measured</th>'

@@ -41,7 +41,8 @@ NOTHING_TRIED = "Drop some layers and press Measure: every set you try appears h
 PROMPT = "The first thing a new government should do is"
 MAX_NEW_TOKENS = 200
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-TRIED_COLUMNS = ["layers dropped", "which", "held-out", "calibration", "predicted", "parameters"]
+TRIED_COLUMNS = ["dropped", "which", "held-out", "calibration", "predicted", "parameters"]
+TRIED_WIDTHS = ["12%", "24%", "14%", "18%", "15%", "17%"]
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,12 @@ def prune_view(own_machine: bool) -> PruneView:
             )
             tried = gr.Dataframe(
                 headers=TRIED_COLUMNS,
+                column_widths=TRIED_WIDTHS,
+                wrap=True,
                 label="Perplexities of the sets tried",
                 interactive=False,
                 visible=False,
-                max_height=240,
+                max_height=340,
                 elem_id="tried",
             )
     gr.Markdown("### The same prompt, continued by both")
