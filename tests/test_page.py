@@ -53,11 +53,17 @@ def page(browser, address):
 def press(page: Page, chart: str, x: float, y: float):
     """Move to a place of a chart, given on its axes, and press there."""
     page.locator(f"#{chart} .main-svg").first.scroll_into_view_if_needed()
-    left, top = page.evaluate(PLACE, [chart, x, y])
-    # Plotly looks where the pointer is a few times a second only.
-    for place in (left - 1, left):
-        page.mouse.move(place, top)
-        page.wait_for_timeout(200)
+    marked = page.locator("#layer-strip .ls-marked")
+    page.mouse.move(0, 0)
+    expect(marked).to_have_count(0)
+    # Plotly looks where the pointer is a few times a second only, on a busy machine less often.
+    for _ in range(50):
+        left, top = page.evaluate(PLACE, [chart, x, y])
+        for place in (left - 1, left):
+            page.mouse.move(place, top)
+            page.wait_for_timeout(200)
+        if marked.count():
+            break
     page.mouse.click(left, top)
 
 

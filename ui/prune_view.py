@@ -12,7 +12,7 @@ import gradio as gr
 import numpy as np
 
 from core.bundled import cache_root
-from core.card import Measured, Perplexities, origin
+from core.card import Measured, Perplexities
 from core.comparing import compare_cut, full_and_pruned
 from core.continuing import continue_prompt
 from core.errors import LayerShapError
@@ -429,6 +429,6 @@ def _recipe(session: Session, own_machine: bool) -> str:
         return "# mergekit knows whole layers only: save the pruned model instead."
     location = None
     if session.workspace:
-        model = session.workspace.model
-        location = model.location if own_machine else origin(model).location
+        workspace = session.workspace
+        location = workspace.model.location if own_machine else workspace.public_location
     return mergekit_yaml(session.model, session.keep, location)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import LongTensor
 
+from core.card import origin
 from core.errors import LayerShapError
 from core.evaluation import Evaluator
 from core.footprint import Footprint, Speed
@@ -100,13 +101,17 @@ class RecentCosts:
 
 @dataclass(frozen=True)
 class Workspace:
-    """A loaded model with its calibration and held-out games."""
+    """A loaded model with its calibration and held-out games.
+
+    `public_location` is what another machine would load the model by, never a path of this one.
+    """
 
     model: LayeredModel
     text: TextBlocks
     calibration: LayerGame
     held_out: LayerGame
     text_choice: TextChoice
+    public_location: str = ""
     recent: RecentCosts = field(default_factory=RecentCosts, compare=False)
 
     @cached_property
@@ -184,7 +189,7 @@ class Workspaces:
             )
             for tokens in (blocks.calibration, blocks.held_out)
         )
-        workspace = Workspace(loaded, blocks, calibration, held_out, text)
+        workspace = Workspace(loaded, blocks, calibration, held_out, text, origin(loaded).location)
         if text.source == BUNDLED:
             with self._lock:
                 self._opened[key] = workspace
