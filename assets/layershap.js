@@ -103,14 +103,15 @@
 
   const draw = async (chart) => {
     const { plot, figure } = chart;
+    if (!figure || plot.hidden) return;
+    const height = heightOf(figure, plot.clientWidth || Infinity);
+    plot.style.minHeight = `${height}px`;
     // A chart in a hidden tab has no width yet; it is drawn when it is first seen.
-    if (!figure || !plot.clientWidth || plot.hidden) return;
+    if (!plot.clientWidth) return;
     const turn = (chart.turn = (chart.turn ?? 0) + 1);
     const Plotly = await library();
     if (turn !== chart.turn) return;
     chart.width = plot.clientWidth;
-    const height = heightOf(figure, chart.width);
-    plot.style.minHeight = `${height}px`;
     await Plotly.react(
       plot, figure.data, { ...figure.layout, autosize: false, width: chart.width, height }, CONFIG,
     );
@@ -159,9 +160,6 @@
       empty.textContent = message ?? '';
       plot.hidden = !self.figure || Boolean(message);
       element.classList.toggle('ls-nothing', plot.hidden);
-      if (!plot.hidden) {
-        plot.style.minHeight = `${heightOf(self.figure, plot.clientWidth || Infinity)}px`;
-      }
       draw(self);
     };
     charts.add(self);
