@@ -244,16 +244,24 @@
   };
   openNamedTab();
 
+  // A prediction of another selection than the one in the strip, until the server has answered.
+  const greyOutdated = () => {
+    const shown = document.querySelector('#predicted [data-dropped]');
+    shown?.setAttribute('aria-busy', shown.dataset.dropped !== dropped.join());
+  };
+
   window.LayerShap = {
     chart,
     guide,
     mark,
     remember,
+    dropped: () => dropped,
     useStrip: (controls) => { strip = controls; },
     usePairs: (choose) => { pairs = choose; },
     useDropped: (numbers) => {
       dropped = [...numbers];
       charts.forEach(showMarks);
+      greyOutdated();
     },
   };
 })();

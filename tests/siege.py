@@ -228,4 +228,6 @@ def payload(component: Any) -> st.SearchStrategy:
         )
     if isinstance(component, gr.Number):
         return HOSTILE_NUMBERS
+    if isinstance(component, gr.JSON):
+        return st.lists(st.integers(0, 9)) | st.lists(HOSTILE_NUMBERS | HOSTILE_TEXTS) | st.none()
     return st.one_of(st.none(), HOSTILE_TEXTS)

@@ -77,7 +77,6 @@ def contributions_view() -> ContributionsView:
         order = gr.Radio(
             ["By rank", "By depth"], value="By rank", label="Order of bars", scale=1, min_width=240
         )
-    note = gr.HTML()
     empty = empty_figure(NOTHING_YET)
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=340):
@@ -88,6 +87,8 @@ def contributions_view() -> ContributionsView:
                 how_to_read=BARS_HOW_TO_READ,
                 elem_id="bars",
             )
+            # Below all else of its column: while masks stream in it comes and goes.
+            note = gr.HTML()
         with gr.Column(scale=6, min_width=340):
             gr.Markdown("### Can the ranking be trusted?")
             verdict = gr.HTML(elem_id="verdict")

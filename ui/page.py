@@ -67,7 +67,7 @@ def build(settings: AppSettings) -> gr.Blocks:
         selection = gr.State(())
         tried, compared = gr.State(initial.comparisons), gr.State(initial.methods)
         healed = gr.State(None, time_to_live=KEPT_SECONDS)
-        address = gr.Textbox(visible=False)
+        address, pressed = gr.Textbox(visible=False), gr.JSON(visible=False)
         gr.HTML(HEAD)
         steps = guide(initial)
         model_line = gr.HTML(describe(initial, loading=True), elem_id="model-line")
@@ -276,11 +276,13 @@ def build(settings: AppSettings) -> gr.Blocks:
 
         # Prune and compare
         chosen = [selection, *chosen_views, status]
-        # Each click tells the whole selection: of quick ones the last must not be lost.
+        # Each click tells the whole selection. Of quick ones the last must not be lost, and Gradio
+        # repeats the first one's event for it: the selection is read when the server is told.
         strip.select(
             handlers.clicked,
-            session,
+            [session, pressed],
             chosen,
+            js="(session) => [session, LayerShap.dropped()]",
             queue=False,
             trigger_mode="always_last",
             **quiet,

@@ -215,8 +215,7 @@ class PruneHandlers:
         self.go_on = guard(self._go_on)
         self.save = guard(self._save)
 
-    def _clicked(self, session: Session, event: gr.EventData) -> Iterator[dict]:
-        layers = event._data.get("dropped", ()) if isinstance(event._data, dict) else ()
+    def _clicked(self, session: Session, layers: object) -> Iterator[dict]:
         if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
             raise LayerShapError("The strip sent something that is not a list of layers.")
         chosen = session.dropping(tuple(layers))
@@ -406,19 +405,24 @@ def _prediction(session: Session) -> str:
         return '<p class="ls-read">Predictions appear here once the layers are analysed.</p>'
     if not session.keep.any():
         return '<p class="ls-read">No layers are kept; keep at least one.</p>'
-    analysis = session.analysis
+    # The page greys it out while other layers are dropped than those it is of.
+    of = ",".join(map(str, session.dropped))
+    return f'<p class="ls-predicted" data-dropped="{of}">{_predicted(session)}</p>'
+
+
+def _predicted(session: Session) -> str:
+    analysis = session.need_analysis()
     full = f"full model {perplexity_text(float(np.exp(analysis.full_loss)))}, measured"
     if not session.dropped:
-        return f'<p class="ls-predicted">Nothing dropped: {full}.</p>'
+        return f"Nothing dropped: {full}."
     predicted, low, high = (float(v[0]) for v in analysis.predict_perplexity(session.keep))
     outside = session.keep.sum() < min(analysis.settings.strata)
     warning = " Less is kept than in any measured mask: a guess." if outside else ""
     return (
-        f'<p class="ls-predicted"><strong>{perplexity_text(predicted)}</strong>'
+        f"<strong>{perplexity_text(predicted)}</strong>"
         "<span>predicted calibration perplexity</span>"
         f'<span class="ls-quiet">90 % range {perplexity_text(low)} to {perplexity_text(high)}; '
-        f"{full}."
-        f"{warning}</span></p>"
+        f"{full}.{warning}</span>"
     )
 
 

@@ -46,7 +46,7 @@ const choose = (after) => {
   props.dropped = [...after].sort((a, b) => a - b);
   LayerShap.useDropped(props.dropped);
   remember();
-  trigger('select', { dropped: props.dropped });
+  trigger('select');
 };
 const toggle = (player) => choose(
   props.dropped.includes(player)
