@@ -17,7 +17,7 @@ from core.blocks import PROBE_TOKENS, BlockStack, TakenApart, find_blocks, take_
 from core.errors import LayerShapError, check_one_of
 from core.packing import pack_linears
 from core.players import PLAYER_KINDS, PlayerKind, Players
-from core.quantization import counted_module, held_tensors, quantization_name
+from core.quantization import counted_module, held_tensors, keep_packing, quantization_name
 from core.skipping import check_skipping
 from core.sub_blocks import Branches, find_branches, halves
 
@@ -102,7 +102,8 @@ class LayeredModel:
             state, calls = parts.stand_ins.record(
                 lambda: parts.shell(input_ids=tokens, use_cache=False)
             )
-        return find_branches(parts.blocks, state, calls)
+        # The model's own blocks: packed copies go on with the weights that they were packed with.
+        return find_branches(self.blocks, state, calls)
 
     def players(self, kind: PlayerKind = "blocks") -> Players:
         """The players that `kind` makes of this model.
@@ -163,6 +164,7 @@ def describe(
     """
     module.eval()
     _disable_rescaling(module)
+    keep_packing(module)
     stack = find_blocks(module)
     mixes_rows = _check_causal(module)
     config = module.config.get_text_config()

@@ -67,6 +67,18 @@ def counted_module(module: PreTrainedModel) -> nn.Module:
         return type(module)(config)
 
 
+def keep_packing(module: nn.Module) -> None:
+    """Have 4-bit weights stay as they were stored, in place.
+
+    Where a CPU has bfloat16 products, bitsandbytes lays weights out anew, with coarser scales, when
+    they are first used, and computes in bfloat16 whatever was asked for. Layers, copies of the
+    model and threads share those weights, and a cut is to be written with the scales it came with.
+    """
+    for part in module.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False
+
+
 def check_packing(module: PreTrainedModel, path: str) -> None:
     """Refuse to write packed weights that would not be read back as they are.
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from core.blocks import BlockCall, hidden_of
 from core.errors import LayerShapError
 
-# Roundings of the largest value by which a token may move when it does not see what changed.
-ROUNDINGS = 8
+# By so many roundings of the usual value a token may move that does not see what changed.
+ROUNDINGS = 2
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def find_branches(
 
     Args:
         blocks: in order.
-        state: what enters the first one, [1, tokens, hidden].
+        state: what enters the first one, [1, tokens, hidden]. All are run on it: deep in a model
+            few numbers are as small, and attention stands out less.
         calls: what else the model passes to each.
 
     Raises:
@@ -91,8 +92,7 @@ def find_branches(
     """
     found = []
     for number, (block, call) in enumerate(zip(blocks, calls, strict=True)):
-        probe = _Probe(block, state, call)
-        branches = probe.branches()
+        branches = _Probe(block, state, call).branches()
         if branches is None:
             raise LayerShapError(
                 f"Block {number} ({type(block).__name__}) does not consist of an attention and an "
@@ -100,7 +100,6 @@ def find_branches(
                 "choose whole layers as players."
             )
         found.append(branches)
-        state = probe.output
     return tuple(found)
 
 
@@ -119,7 +118,7 @@ class _Probe:
             child.register_forward_hook(self._note(name)) for name, child in block.named_children()
         ]
         try:
-            self.output = self._run(block)
+            self._output = self._run(block)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -141,7 +140,7 @@ class _Probe:
             return None
         first, second = halves(self._block, found)
         after_attention = self._run(first)
-        same = torch.equal(self._run(second, after_attention), self.output)
+        same = torch.equal(self._run(second, after_attention), self._output)
         return found if same else None
 
     def _note(self, name: str) -> Any:
@@ -168,9 +167,11 @@ class _Probe:
         changed = self._state.clone()
         changed[:, 0] = self._state[:, 1]
         before, after = self._run(block)[:, 1:].float(), self._run(block, changed)[:, 1:].float()
-        # Experts are given tokens in batches, whose sizes move the last digits.
+        # Experts are given tokens in batches, whose sizes move the last digits. Means, because in
+        # some models a few numbers are so large that what an attention adds is less than they are
+        # rounded by.
         rounding = ROUNDINGS * torch.finfo(self._state.dtype).eps
-        return bool((before - after).abs().max() <= rounding * before.abs().max())
+        return bool((before - after).abs().mean() <= rounding * before.abs().mean())
 
     def _is_identity(self, block: nn.Module) -> bool:
         return self._works(block) and torch.equal(self._run(block), self._state)

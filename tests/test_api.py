@@ -92,7 +92,7 @@ def test_a_cut_is_measured_as_a_model_without_those_layers_would_be(program, com
     def perplexity(tokens):
         with torch.no_grad():
             logits = module(input_ids=tokens, use_cache=False).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
         return float(loss.exp())
 
     full = perplexity(held_out)

@@ -17,6 +17,7 @@ from core.loading import load_model
 from core.masks import leave_out
 from core.models import fingerprint
 from core.pruning import prune
+from core.quantization import keep_packing
 from core.saving import save_pruned
 
 PLACE = {"device": "cpu", "dtype": "float32"}
@@ -88,6 +89,7 @@ def test_skipping_layers_equals_leaving_them_out(packed):
         module = transformers.AutoModelForCausalLM.from_pretrained(
             folder, device_map="cpu", dtype=torch.float32
         )
+        keep_packing(module)
         module.model.layers = torch.nn.ModuleList(
             layer for layer, kept in zip(module.model.layers, mask, strict=True) if kept
         )

@@ -18,6 +18,7 @@ from core.errors import LayerShapError
 from core.evaluation import Evaluator
 from core.footprint import cache_bytes_by_layer, footprint
 from core.game import LayerGame
+from core.loading import load_model
 from core.models import describe
 from core.players import Players, players_of_mask
 from core.pruning import prune
@@ -231,6 +232,15 @@ def test_the_command_line_analyses_parts(tiny_folder, isolated_cache, tmp_path):
     assert tuple(frame["parameters"]) == model.player_parameters("sub-blocks")
     assert study.interactions_frame()["part_j"].iloc[0] == "0m"
     assert Study.from_json(study.to_json()).to_json() == study.to_json()
+
+
+@pytest.mark.bundled
+def test_branches_are_found_in_few_bits(bundled_model):
+    """Its blocks add a little to large numbers, which bfloat16 rounds by more than some add."""
+    model = load_model("bundled", dtype="bfloat16")
+    assert {(*sorted(found.attention), *sorted(found.mlp)) for found in model.branches} == {
+        ("input_layernorm", "self_attn", "mlp", "post_attention_layernorm")
+    }
 
 
 @pytest.mark.bundled
