@@ -139,11 +139,13 @@ class Analysis:
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Predicted calibration perplexity of masks bool [m, n]: (estimate, low, high), each [m].
 
-        About 90 % of unseen masks with a similar prediction fell between low and high.
+        About 90 % of unseen masks with a similar prediction fell between low and high. None is
+        below 1, the perplexity of who knows every word.
         """
         excess = self.surrogate.predict(check_masks(masks, self.n_players))
         loss, half = self.full_loss + excess, self.surrogate.halfwidth(excess)
-        return np.exp(loss), np.exp(loss - half), np.exp(loss + half)
+        predicted, low, high = np.exp(np.maximum((loss, loss - half, loss + half), 0.0))
+        return predicted, low, high
 
     def separated_pairs(self) -> float:
         """Share of layer pairs whose 95 % intervals do not overlap."""

@@ -68,6 +68,9 @@ def test_an_analysis_shows_progress_stops_and_goes_on(page):
     expect(page.locator("#status")).to_contain_text(f"Done: {EVALUATIONS}", timeout=ANALYSE_MS)
     expect(page).to_have_url(re.compile(r"study=[0-9a-f]{32}"))
     assert shifted(page) - moved < SHIFT
+    expect(page.locator("#model-line")).to_contain_text(
+        f"study of {EVALUATIONS} masks, seed 0, measured here"
+    )
 
 
 def test_its_link_opens_it_for_somebody_else(page, browser):
@@ -157,6 +160,7 @@ def test_a_cut_is_measured_and_listed(page):
     expect(page.locator("#status")).to_contain_text("Measured.", timeout=MEASURE_MS)
     rows = page.locator("#figures tbody tr")
     expect(rows).to_have_count(7)
+    expect(page.locator("#figures")).to_contain_text("Without 13, 15")
     full, pruned = rows.nth(0).locator("td").all_inner_texts()[:2]
     assert 10 < float(full) < float(pruned) < 1000
     expect(page.locator("#tried-chart .scatterlayer .point")).to_have_count(
@@ -166,6 +170,7 @@ def test_a_cut_is_measured_and_listed(page):
     expect(page.locator("#dropped textarea")).not_to_have_value("13, 15")
     page.locator("#continue").click()
     expect(page.locator("#status")).to_contain_text("greedy", timeout=MEASURE_MS)
+    expect(page.locator("#pruned-text")).to_contain_text("Without ")
     assert page.locator("#pruned-text textarea").input_value().strip()
     shot(page, "prune")
 

@@ -213,6 +213,7 @@ def test_predictions_come_with_a_range_that_holds_most_unseen_masks():
     _, low, high = result.predict_perplexity(masks)
     actual = np.exp(game.losses(masks))
     assert ((low <= actual) & (actual <= high)).mean() > 0.75
+    assert low.min() >= 1
 
 
 def test_corrections_are_believed_as_far_as_they_exceed_their_noise():

@@ -13,8 +13,13 @@ from core.footprint import Footprint, Speed
 
 @dataclass(frozen=True)
 class MeasuredFigures:
-    """Pairs of figures, full and pruned; None where not measured yet."""
+    """Pairs of figures, full and pruned; None where not measured yet.
 
+    Attributes:
+        without: labels of what the pruned model does without; "" for nothing.
+    """
+
+    without: str
     calibration: tuple[float, float] | None = None
     held_out: tuple[float, float] | None = None
     sizes: tuple[Footprint, Footprint] | None = None
@@ -35,9 +40,11 @@ class MeasuredFigures:
             ),
             _row("Writing, tokens/s (fastest run)", _of(self.speeds, "decode"), "{:,.1f}".format),
         ]
+        pruned = f"Without {escape(self.without)}" if self.without else "Nothing dropped"
         return (
             '<table class="ls-figures"><thead><tr><th scope="col">Measured</th>'
-            '<th scope="col">Full</th><th scope="col">Pruned</th><th scope="col">Change</th></tr>'
+            f'<th scope="col">Full</th><th scope="col">{pruned}</th>'
+            '<th scope="col">Change</th></tr>'
             f"</thead><tbody>{''.join(rows)}</tbody></table>"
         )
 

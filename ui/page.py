@@ -215,9 +215,9 @@ def build(settings: AppSettings) -> gr.Blocks:
         # Analysis
         show_steps(
             start.click(
-                analyse_handler(settings, stops, session, status, strip, draw),
+                analyse_handler(settings, stops, session, status, model_line, strip, draw),
                 [session, evaluations, *setup.run_inputs, *values],
-                [session, status, strip, *charts],
+                [session, status, model_line, strip, *charts],
                 concurrency_id=ANALYSING,
                 concurrency_limit=1,
                 api_name="analyze",

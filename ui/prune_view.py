@@ -288,7 +288,8 @@ class PruneHandlers:
             raise LayerShapError("No layers are kept; keep at least one.")
         yield {self._status: progress_bar("Measuring calibration perplexity", 0.1)}
         calibration = full_and_pruned(workspace.calibration, keep)
-        partly = MeasuredFigures(calibration=calibration)
+        without = session.players.labels(session.dropped)
+        partly = MeasuredFigures(without, calibration)
         yield {
             self._view.figures: partly.table(),
             self._status: progress_bar("Measuring held-out perplexity", 0.4),
@@ -304,7 +305,7 @@ class PruneHandlers:
             workspace.calibration, workspace.held_out, keep, session.analysis, sizes
         )
         tried = with_comparison(tried, compared)
-        partly = MeasuredFigures(calibration, held_out, sizes)
+        partly = MeasuredFigures(without, calibration, held_out, sizes)
         yield {
             self._tried: tried,
             self._view.figures: partly.table(),
@@ -317,7 +318,7 @@ class PruneHandlers:
         yield {
             self._tried: tried,
             self._view.figures: MeasuredFigures(
-                calibration, held_out, sizes, recent.speeds
+                without, calibration, held_out, sizes, recent.speeds
             ).table(),
             self._status: news("Measured. The set is in the list of sets tried."),
             **self._view.draw_tried(tried, session.players),
@@ -340,7 +341,9 @@ class PruneHandlers:
             )
         stop = self._stops.begin(request.session_hash)
         pruned = prune(workspace.model, session.keep)
-        yield {self._view.full_text: "", self._view.pruned_text: ""}
+        without = session.players.labels(session.dropped)
+        name = f"Without {without}" if without else "Nothing dropped"
+        yield {self._view.full_text: "", self._view.pruned_text: gr.update(value="", label=name)}
         for model, box, stage in (
             (workspace.model, self._view.full_text, "The full model is writing"),
             (pruned, self._view.pruned_text, "The pruned model is writing"),

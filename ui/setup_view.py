@@ -288,6 +288,7 @@ def analyse_handler(
     stops: StopSignals,
     session: gr.State,
     status: gr.HTML,
+    model_line: gr.HTML,
     strip: gr.HTML,
     draw: Any,
 ) -> Any:
@@ -321,6 +322,7 @@ def analyse_handler(
                 current = current.analysed(step.analysis)
                 yield {
                     session: current,
+                    model_line: describe(current),
                     strip: gr.update(value=strip_value(current)),
                     **draw(current, average, order),
                 }
@@ -393,15 +395,15 @@ def describe(session: Session, loading: bool = False) -> str:
 
 
 def _origin(session: Session) -> str:
-    """What measured the study on screen, where it was not measured here."""
-    study = session.origin
-    if study is None:
+    """How large the study on screen is and what measured it."""
+    analysis, study = session.analysis, session.origin
+    if analysis is None:
         return ""
-    analysis = study.analysis
+    where = "here" if study is None else f"in {study.model.dtype} on {study.model.device}"
+    when = "" if study is None else f", {study.created[:10]}"
     return (
-        f" · study of {len(analysis.masks)} masks, measured in {escape(study.model.dtype)} on "
-        f"{escape(study.model.device)}, seed {analysis.settings.seed}, "
-        f"{escape(study.created[:10])}"
+        f" · study of {len(analysis.masks)} masks, seed {analysis.settings.seed}, measured "
+        f"{escape(where + when)}"
     )
 
 
