@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import plotly
@@ -12,6 +13,7 @@ import made_up
 from browsing import CHROMIUM, FLAGS
 from colours import DARK, LIGHT, contrast, rgba
 from core.players import Players
+from ui import shelf
 from ui.figures import (
     accuracy_chart,
     agreement_heatmap,
@@ -153,7 +155,12 @@ def figures(kind):
     if kind == "methods":
         drawn = {name: methods_chart(comparison) for name, comparison in compared.items()}
         others = [axis for axis in AXES if axis != BY_DEPTH]
-        return drawn | {axis: methods_chart(compared["30 layers"], axis) for axis in others}
+        drawn |= {axis: methods_chart(compared["30 layers"], axis) for axis in others}
+        measured = shelf.ready_made().methods
+        for least in range(len(measured.results)):
+            few = replace(measured, results=measured.results[least:])
+            drawn[f"measured, {len(few.results)} of them"] = methods_chart(few)
+        return drawn
     drawing = {"map": methods_map, "cost": methods_cost, "agreement": agreement_heatmap}[kind]
     if kind == "agreement":  # the same for any number of layers
         del compared["12 layers"], compared["80 layers"], compared["126 layers"]

@@ -186,8 +186,9 @@ def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
     return [step * place for place in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
-# A logarithmic axis that follows what the reader shows and hides.
-FREE_LOG_AXIS = {"type": "log", "tickformat": "~s"}
+# A logarithmic axis that follows what the reader shows and hides. With more labels than these
+# Plotly would write every digit between two powers of ten, one over the other.
+FREE_LOG_AXIS = {"type": "log", "tickformat": "~s", "nticks": 3}
 
 
 def log_axis(values: ArrayLike, most: int = 7) -> dict:
