@@ -83,8 +83,8 @@ def find_branches(
 
     Args:
         blocks: in order.
-        state: what enters the first one, [1, tokens, hidden]. All are run on it: deep in a model
-            few numbers are as small, and attention stands out less.
+        state: what enters the first one, [1, tokens, hidden]. All are run on it: states deep in a
+            model are larger, and what an attention adds to them is nearer to their rounding.
         calls: what else the model passes to each.
 
     Raises:

@@ -40,13 +40,17 @@ class MeasuredFigures:
             ),
             _row("Writing, tokens/s (fastest run)", _of(self.speeds, "decode"), "{:,.1f}".format),
         ]
-        pruned = f"Without {escape(self.without)}" if self.without else "Nothing dropped"
         return (
             '<table class="ls-figures"><thead><tr><th scope="col">Measured</th>'
-            f'<th scope="col">Full</th><th scope="col">{pruned}</th>'
+            f'<th scope="col">Full</th><th scope="col">{escape(cut_name(self.without))}</th>'
             '<th scope="col">Change</th></tr>'
             f"</thead><tbody>{''.join(rows)}</tbody></table>"
         )
+
+
+def cut_name(without: str) -> str:
+    """What a pruned model is called beside the full one, from the labels of what it lacks."""
+    return f"Without {without}" if without else "Nothing dropped"
 
 
 def _row(name: str, pair: tuple | None, show: Any) -> str:

@@ -26,7 +26,7 @@ from core.study import Comparison, TextInfo, with_comparison
 from ui.chart import Chart
 from ui.figures import comparison_chart, empty_figure
 from ui.figures.comparisons import HOW_TO_READ
-from ui.measured import MeasuredFigures, perplexity_text
+from ui.measured import MeasuredFigures, cut_name, perplexity_text
 from ui.methods_view import chosen_set
 from ui.parts import read_line
 from ui.session import Session, StopSignals
@@ -341,8 +341,7 @@ class PruneHandlers:
             )
         stop = self._stops.begin(request.session_hash)
         pruned = prune(workspace.model, session.keep)
-        without = session.players.labels(session.dropped)
-        name = f"Without {without}" if without else "Nothing dropped"
+        name = cut_name(session.players.labels(session.dropped))
         yield {self._view.full_text: "", self._view.pruned_text: gr.update(value="", label=name)}
         for model, box, stage in (
             (workspace.model, self._view.full_text, "The full model is writing"),
