@@ -150,7 +150,9 @@ def besiege(function, sessions, cases, folder, upload, may_read):
     @given(st.data())
     def call(data):
         session = data.draw(st.sampled_from(sessions))
-        payloads = {"event": {"dropped": data.draw(st.lists(HOSTILE_NUMBERS | HOSTILE_TEXTS))}}
+        pair = st.lists(st.integers(0, 9), min_size=2, max_size=2)
+        pair |= st.lists(HOSTILE_NUMBERS | HOSTILE_TEXTS)
+        payloads = {"event": {"pair": data.draw(pair)}}
         for component, parameter in parameters:
             if isinstance(component, gr.State):
                 payloads[component] = data.draw(state(component, parameter, session))

@@ -61,8 +61,8 @@ class MethodsView:
     map: Chart
     agreement: Chart
 
-    def draw(self, comparison: MethodsComparison | None, axis: str = BY_DEPTH) -> dict[Any, Any]:
-        """Updates that show a comparison, or what to do to see one."""
+    def draw(self, comparison: MethodsComparison | None, axis: str | None = None) -> dict[Any, Any]:
+        """Updates that show a comparison, or what to do to see one; `axis` as for `draw_axis`."""
         if comparison is None or not comparison.results:
             return {
                 self.chart: empty_figure(NOTHING_YET),
@@ -75,7 +75,7 @@ class MethodsView:
         names = [result.frontier.method for result in comparison.results]
         shown = min(DEFAULT_SHOWN, comparison.deepest)
         return {
-            self.chart: methods_chart(comparison, axis),
+            self.chart: self.draw_axis(comparison, axis),
             self.method: gr.update(choices=names, value=METHOD if METHOD in names else names[0]),
             self.shown: gr.update(maximum=max(2, comparison.deepest), value=shown),
             **self.draw_depth(comparison, shown),
@@ -91,9 +91,9 @@ class MethodsView:
             self.deepest: gr.update(maximum=max(2, players.n_layers // 2)),
         }
 
-    def draw_axis(self, comparison: MethodsComparison | None, axis: str) -> Any:
-        """The chart against another measure of what a cut saves."""
-        return methods_chart(comparison, axis) if comparison else gr.skip()
+    def draw_axis(self, comparison: MethodsComparison | None, axis: str | None) -> Any:
+        """The chart against a measure of what a cut saves; where none is chosen, by depth."""
+        return methods_chart(comparison, axis or BY_DEPTH) if comparison else gr.skip()
 
     def draw_depth(self, comparison: MethodsComparison | None, dropped: float) -> dict[Any, Any]:
         """Updates of the charts that are about one number of dropped layers."""
