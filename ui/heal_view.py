@@ -29,7 +29,7 @@ from core.publishing import push
 from ui.chart import Chart
 from ui.figures import empty_figure, healing_curve
 from ui.figures.healing import HOW_TO_READ
-from ui.measured import perplexity_text
+from ui.measured import cut_name, perplexity_text
 from ui.parts import read_line
 from ui.prune_view import saved_folder
 from ui.session import Session, StopSignals
@@ -230,7 +230,7 @@ def healed_table(measured: Measured, pruned: LayeredModel, dropped: str) -> str:
     )
     return (
         '<table class="ls-figures"><thead><tr><th scope="col">Measured</th>'
-        f'<th scope="col">Full</th><th scope="col">Without {escape(dropped)}</th>'
+        f'<th scope="col">Full</th><th scope="col">{escape(cut_name(dropped))}</th>'
         f'<th scope="col">Healed</th></tr></thead><tbody>{rows}</tbody></table>'
         f'<p class="ls-read">{escape(_reading(measured.held_out, pruned))}</p>'
     )

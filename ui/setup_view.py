@@ -399,11 +399,12 @@ def _origin(session: Session) -> str:
     analysis, study = session.analysis, session.origin
     if analysis is None:
         return ""
-    where = "here" if study is None else f"in {study.model.dtype} on {study.model.device}"
-    when = "" if study is None else f", {study.created[:10]}"
+    made = "here"
+    if study is not None:
+        made = f"in {study.model.dtype} on {study.model.device}, {study.created[:10]}"
     return (
         f" · study of {len(analysis.masks)} masks, seed {analysis.settings.seed}, measured "
-        f"{escape(where + when)}"
+        f"{escape(made)}"
     )
 
 
